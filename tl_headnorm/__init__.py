@@ -1,0 +1,54 @@
+"""Per-head norms of decoder-only language models, with TransformerLens.
+
+Names are loaded on first use, so that importing the package loads neither torch nor
+transformer_lens.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_headnorm.collecting import collect
+    from tl_headnorm.config import Settings
+    from tl_headnorm.data.questions import Question, load_questions, register_dataset
+    from tl_headnorm.data.templates import register_template
+    from tl_headnorm.data.tokens import build_sft_example
+    from tl_headnorm.errors import InputError
+    from tl_headnorm.figures import heatmap
+    from tl_headnorm.model import load_model
+    from tl_headnorm.results import load_run
+
+_HOME = {
+    "InputError": "errors",
+    "Question": "data.questions",
+    "Settings": "config",
+    "build_sft_example": "data.tokens",
+    "collect": "collecting",
+    "heatmap": "figures",
+    "load_model": "model",
+    "load_questions": "data.questions",
+    "load_run": "results",
+    "register_dataset": "data.questions",
+    "register_template": "data.templates",
+}
+
+__all__ = [
+    "InputError",
+    "Question",
+    "Settings",
+    "build_sft_example",
+    "collect",
+    "heatmap",
+    "load_model",
+    "load_questions",
+    "load_run",
+    "register_dataset",
+    "register_template",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

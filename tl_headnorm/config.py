@@ -1,0 +1,113 @@
+"""The settings of a run: one dataclass gives the flags, the YAML keys, the types and the help."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Optional
+
+from tl_headnorm.errors import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run. A YAML file given by --config holds the same keys.
+
+    Args:
+        model_path: Hub id or directory in Hugging Face format.
+        engine: How TransformerLens runs the model; auto takes HookedTransformer.
+        dtype: Data type of the weights and of the forward pass.
+        device_map: auto (CUDA where there is one), cpu, cuda, cuda:1, mps.
+        dataset: Registered dataset name.
+        data_dir: File or directory with the questions; null looks in the cache or on the hub.
+        split: Part of the dataset: test, validation (dev) or train.
+        max_samples: The first N usable questions in file order; -1 takes all.
+        n_options: Numbers of options a question may have; others are skipped and counted.
+        template_name: Registered prompt template.
+        template: Jinja2 template, inline or a file; overrides template_name.
+        few_shot: Solved examples put before every question, from the train or dev split.
+        token_agg: last takes the last real token, all the mean over real tokens.
+        exclude_first_token: Leave the first token (attention sink) out of the mean (all only).
+        padding_side: Side on which shorter prompts are padded.
+        prepend_bos: Begin every prompt with exactly one BOS, if the tokenizer has one.
+        batch_size: Prompts per forward pass.
+        max_length: Longest prompt in tokens; longer ones lose their beginning after BOS.
+        per_sample: Write per_sample.npz and keep every sample's values.
+        score_answers: Predict the answer letter and report accuracy.
+        validate_samples: Check this many samples against Hugging Face and stamp meta.json.
+        self_check: Let the model prove itself on a probe when it is loaded.
+        on_bad_record: error stops at a malformed record, skip counts it.
+        seed: Seed of everything random (few-shot choice).
+        output_dir: Where run directories are made.
+        experiment_name: First part of the run directory's name.
+        trust_remote_code: Allow code from the model's repository to run.
+        debug: Show the traceback of an error.
+    """
+
+    model_path: str = "meta-llama/Llama-3.2-1B"
+    engine: Literal["auto", "hooked"] = "auto"
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    device_map: str = "auto"
+    dataset: str = "arc_challenge"
+    data_dir: Optional[str] = None
+    split: str = "test"
+    max_samples: int = -1
+    n_options: tuple[int, ...] = (4, 5)
+    template_name: str = "arc_mcq_v1"
+    template: Optional[str] = None
+    few_shot: int = 0
+    token_agg: Literal["last", "all"] = "last"
+    exclude_first_token: bool = False
+    padding_side: Literal["right", "left"] = "right"
+    prepend_bos: bool = True
+    batch_size: int = 8
+    max_length: int = 384
+    per_sample: bool = True
+    score_answers: bool = True
+    validate_samples: int = 0
+    self_check: bool = True
+    on_bad_record: Literal["error", "skip"] = "error"
+    seed: int = 42
+    output_dir: str = "outputs"
+    experiment_name: str = "arc_head_activation"
+    trust_remote_code: bool = False
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch_size", 1), ("max_length", 1), ("few_shot", 0), ("validate_samples", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"{name}: expected {least} or more, found {getattr(self, name)}; "
+                    f"set --{name} to {least} or more"
+                )
+        if self.max_samples == 0 or self.max_samples < -1:
+            raise InputError(
+                f"max_samples: expected -1 (all) or a number above 0, found {self.max_samples}; "
+                "set --max_samples to the number of questions wanted"
+            )
+        if self.exclude_first_token and self.token_agg != "all":
+            raise InputError(
+                "exclude_first_token: expected token_agg all, found token_agg last, where it "
+                "would change nothing; add --token_agg all or leave it out"
+            )
+        if not self.experiment_name or "/" in self.experiment_name:
+            raise InputError(
+                f"experiment_name: expected a name without '/', found {self.experiment_name!r}; "
+                "use --output_dir to choose the folder"
+            )
+        if not self.n_options or not all(2 <= n <= 26 for n in self.n_options):
+            raise InputError(
+                f"n_options: expected numbers from 2 to 26, found {list(self.n_options)}; "
+                "set for example --n_options '[3,4,5]'"
+            )
+
+    def updated(self, **overrides: Any) -> "Settings":
+        """A copy with some settings changed; an unknown name is refused with the nearest one."""
+        known = [f.name for f in fields(self)]
+        for name in overrides:
+            if name not in known:
+                raise InputError(f"unknown setting {name!r}{nearest(name, known)}")
+        return replace(self, **overrides)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as written to config.json."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

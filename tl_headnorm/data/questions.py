@@ -1,0 +1,226 @@
+"""Multiple-choice questions: what one is, how a record becomes one, and the dataset registry."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tl_headnorm.data.readers import Source, open_split, records_of_file
+from tl_headnorm.errors import InputError, unknown
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One multiple-choice question; `answer` is the position of the right option."""
+
+    id: str
+    stem: str
+    options: tuple[str, ...]
+    labels: tuple[str, ...]
+    answer: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def letters(self) -> str:
+        """The letters A, B, ... shown in the prompt, whatever the file's own labels."""
+        return LETTERS[: len(self.options)]
+
+    @property
+    def answer_letter(self) -> str:
+        return self.letters[self.answer]
+
+
+@dataclass(frozen=True)
+class Questions(Sequence[Question]):
+    """Questions in file order, what was skipped and why, and where they came from."""
+
+    items: tuple[Question, ...]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    name: str = "custom"
+    split: str = ""
+    path: str | None = None
+    sha256: str | None = None
+    data_dir: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Question]:
+        return iter(self.items)
+
+
+class BadRecord(ValueError):
+    """A record that is no question; the message says what is wrong with it."""
+
+
+DatasetReader = Callable[[str | None, str], Source]
+DATASETS: dict[str, DatasetReader] = {}
+
+
+def register_dataset(name: str) -> Callable[[DatasetReader], DatasetReader]:
+    """Add a dataset: a function (data_dir, split) -> Source, whose records `parse_record` knows.
+
+    A record may also be a finished `Question`.
+    """
+
+    def add(reader: DatasetReader) -> DatasetReader:
+        DATASETS[name] = reader
+        return reader
+
+    return add
+
+
+@register_dataset("arc_challenge")
+def _arc_challenge(data_dir: str | None, split: str) -> Source:
+    """AI2 ARC, Challenge set: a file, a directory, the cache, or the hub."""
+    return open_split(data_dir, split, hub=("allenai/ai2_arc", "ARC-Challenge"))
+
+
+@register_dataset("arc_easy")
+def _arc_easy(data_dir: str | None, split: str) -> Source:
+    """AI2 ARC, Easy set."""
+    return open_split(data_dir, split, hub=("allenai/ai2_arc", "ARC-Easy"))
+
+
+@register_dataset("multiple_choice")
+def _multiple_choice(data_dir: str | None, split: str) -> Source:
+    """Any file or directory in AI2's or the Hugging Face layout of ARC; never the hub."""
+    return open_split(data_dir, split, hub=None)
+
+
+def _text(record: Mapping[str, Any], key: str, where: str = "record") -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise BadRecord(f"expected text under {key!r} in the {where}, found {_kind(value)}")
+    return value
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def _choices(question: Any, record: Mapping[str, Any]) -> tuple[str, list[Any], list[Any]]:
+    """(stem, option texts, labels) of either layout."""
+    if isinstance(question, Mapping):  # AI2: question.stem, question.choices[]
+        choices = question.get("choices")
+        if not isinstance(choices, Sequence) or isinstance(choices, str):
+            raise BadRecord(f"expected a list under question.choices, found {_kind(choices)}")
+        if not all(isinstance(choice, Mapping) for choice in choices):
+            raise BadRecord("expected objects with text and label in question.choices")
+        stem = _text(question, "stem", "question")
+        return stem, [c.get("text") for c in choices], [c.get("label") for c in choices]
+    stem = _text(record, "question")  # Hugging Face: question, choices.text, choices.label
+    choices = record.get("choices")
+    if not isinstance(choices, Mapping) or not {"text", "label"} <= set(choices):
+        raise BadRecord("expected choices with the lists text and label")
+    return stem, list(choices["text"]), list(choices["label"])
+
+
+def parse_record(record: Any, where: str = "") -> Question:
+    """A question from AI2's layout (`question.stem`) or Hugging Face's (`choices.text`).
+
+    Labels may be letters or digits; `answerKey` must be one of them (or its counterpart:
+    "1" for "A"). Raises BadRecord saying what is wrong.
+    """
+    if isinstance(record, Question):
+        return record
+    if not isinstance(record, Mapping):
+        raise BadRecord(f"expected an object, found {_kind(record)}")
+    stem, texts, labels = _choices(record.get("question"), record)
+    if not stem.strip():
+        raise BadRecord("expected a question, found an empty one")
+    if len(texts) != len(labels):
+        raise BadRecord(f"expected a label for each option, found {len(labels)} for {len(texts)}")
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise BadRecord(f"expected text in every option, found {text!r}")
+    names = [str(label).strip() for label in labels]
+    if len(set(names)) != len(names):
+        raise BadRecord(f"expected different labels, found {names}")
+    answer = _answer_position(record.get("answerKey"), names)
+    known = {"id", "question", "choices", "answerKey"}
+    meta = {key: value for key, value in record.items() if key not in known}
+    identity = str(record.get("id") or where)
+    return Question(identity, stem, tuple(texts), tuple(names), answer, {**meta, "source": where})
+
+
+def _answer_position(key: Any, labels: list[str]) -> int:
+    """Where answerKey stands among the labels; letters and digits count as each other."""
+    if key is None or isinstance(key, (dict, list, bool)):
+        raise BadRecord(f"expected a label under 'answerKey', found {_kind(key)}")
+    name = str(key).strip()
+    if name in labels:
+        return labels.index(name)
+    other = str(LETTERS.find(name) + 1) if name in set(LETTERS) else None
+    if name.isdecimal() and 1 <= int(name) <= len(LETTERS):
+        other = LETTERS[int(name) - 1]
+    if other in labels:
+        return labels.index(other)
+    raise BadRecord(f"expected answerKey among the labels {labels}, found {key!r}")
+
+
+def load_questions(
+    dataset: str = "arc_challenge",
+    data_dir: str | Path | None = None,
+    split: str = "test",
+    *,
+    max_samples: int = -1,
+    n_options: Sequence[int] = (4, 5),
+    on_bad_record: str = "error",
+) -> Questions:
+    """The first `max_samples` usable questions of a dataset, in file order (-1: all).
+
+    Usable: as many options as `n_options` allows; the others are counted in `skipped` by
+    reason. A malformed record raises InputError naming file, line and fault, or with
+    `on_bad_record="skip"` is counted too. Raises InputError where no question is left.
+    """
+    if dataset not in DATASETS:
+        raise unknown("dataset", dataset, DATASETS)
+    folder = None if data_dir is None else str(data_dir)
+    source = DATASETS[dataset](folder, split)
+    skipped: Counter[str] = Counter()
+    usable = _usable(source.records, skipped, set(n_options), on_bad_record)
+    items = tuple(islice(usable, None if max_samples < 0 else max_samples))
+    if not items:
+        reasons = ", ".join(f"{reason} ({n})" for reason, n in skipped.items()) or "it is empty"
+        raise InputError(
+            f"no usable question in {source.path}: expected questions with "
+            f"{' or '.join(map(str, n_options))} options, found none: {reasons}"
+        )
+    return Questions(items, dict(skipped), dataset, split, source.path, source.sha256(), folder)
+
+
+def _usable(
+    records: Iterable[tuple[str, Any]],
+    skipped: Counter[str],
+    n_options: set[int],
+    on_bad_record: str,
+) -> Iterator[Question]:
+    for where, record in records:
+        try:
+            if isinstance(record, BaseException):
+                raise BadRecord(str(record))
+            question = parse_record(record, where)
+        except BadRecord as error:
+            if on_bad_record == "skip":
+                skipped["malformed record"] += 1
+                continue
+            raise InputError(
+                f"{where}: {error}; mend it, or pass --on_bad_record skip to count and skip"
+            ) from None
+        if len(question.options) in n_options:
+            yield question
+        else:
+            skipped[f"{len(question.options)} options"] += 1
+
+
+def questions_from_file(path: Path, name: str, split: str) -> Source:
+    """A Source for one file, for datasets that ship with a package."""
+    return Source(records_of_file(path), str(path), (path,))

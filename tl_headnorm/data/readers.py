@@ -1,0 +1,194 @@
+"""Where the records of a split come from: JSONL, parquet, Arrow, the cache, or the hub."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tl_headnorm.errors import InputError, first_line
+
+# Names under which published copies of ARC keep a split.
+SPLIT_NAMES = {
+    "test": ("test", "Test"),
+    "validation": ("validation", "dev", "val", "Dev", "Validation"),
+    "train": ("train", "Train"),
+}
+_ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
+Record = tuple[str, Any]
+
+
+@dataclass
+class Source:
+    """Records as (where, record) and what they were read from.
+
+    A record that could not be read is handed on as the exception, so that the caller decides.
+    """
+
+    records: Iterable[Record]
+    path: str
+    files: tuple[Path, ...] = ()
+
+    def sha256(self) -> str | None:
+        """Digest of the files' bytes in order; None where there are no files (the hub)."""
+        if not self.files:
+            return None
+        digest = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+
+def canonical_split(split: str) -> str:
+    """test, validation or train, from any of the usual names."""
+    name = _ALIASES.get(split.lower(), split.lower())
+    if name not in SPLIT_NAMES:
+        raise InputError(f"split: expected test, validation (dev) or train, found {split!r}")
+    return name
+
+
+def open_split(data_dir: str | None, split: str, hub: tuple[str, str] | None) -> Source:
+    """The records of a split in `data_dir` (file or directory), else of the cache or hub."""
+    name = canonical_split(split)
+    if data_dir is None:
+        if hub is None:
+            raise InputError("data_dir: expected a file or directory for this dataset, found none")
+        return _from_hub(hub, name)
+    root = Path(data_dir).expanduser()
+    if root.is_file():
+        return Source(records_of_file(root), str(root), (root,))
+    if not root.is_dir():
+        raise InputError(
+            f"data_dir: expected an existing file or directory, found nothing at {data_dir}; "
+            "check the path, or leave data_dir out to use the cache or the hub"
+        )
+    return _from_directory(root, name, hub)
+
+
+def _from_directory(root: Path, split: str, hub: tuple[str, str] | None) -> Source:
+    files = find_split_files(root, split, hub[1] if hub else None)
+    if files:
+        records = (record for file in files for record in records_of_file(file))
+        return Source(records, str(files[0] if len(files) == 1 else files[0].parent), files)
+    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
+        return _from_saved(root, split)
+    present = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    raise InputError(
+        f"data_dir: expected the {split} split in {root} as test.jsonl, ARC-Challenge-Test.jsonl, "
+        f"parquet, Arrow or a saved dataset (here for {split}); found {present}"
+    )
+
+
+def find_split_files(root: Path, split: str, config: str | None) -> tuple[Path, ...]:
+    """Files of a split below `root`: by plain name first, then as the hub's cache lays them."""
+    prefix = config or "*"
+    for name in SPLIT_NAMES[split]:
+        patterns = [f"{name}.jsonl", f"{prefix}-{name}.jsonl", f"{name}.parquet"]
+        patterns += [f"{prefix}-{name}.parquet", f"{name}-*-of-*.parquet"]
+        if config:  # a snapshot of the hub, and the Arrow cache made from it
+            patterns += [f"**/{config}/{name}-*-of-*.parquet", f"**/{config}/**/*-{name}.arrow"]
+            patterns += [f"**/{config}/**/*-{name}-*-of-*.arrow", f"{config}/{name}.jsonl"]
+            patterns += [f"{config}/{config}-{name}.jsonl"]
+        patterns += [f"*-{name}.arrow", f"*-{name}-*-of-*.arrow"]
+        for pattern in patterns:
+            # Sorted: shards in order, and of several snapshots always the same one.
+            found = sorted(path for path in root.glob(pattern) if path.is_file())
+            if found:
+                return tuple(path for path in found if path.parent == found[0].parent)
+    return ()
+
+
+def records_of_file(path: Path) -> Iterator[Record]:
+    """Records of one file by its ending; `where` names file and line (or row)."""
+    readers = {".parquet": _parquet, ".arrow": _arrow, ".jsonl": _jsonl, ".json": _jsonl}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: expected a .jsonl, .parquet or .arrow file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: expected questions, found an empty file")
+    return readers[path.suffix](path)
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is no fault
+            if raw.strip():
+                yield f"{path}, line {number}", _parse_line(raw)
+
+
+def _parse_line(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"expected UTF-8 text, found byte 0x{raw[error.start]:02x}")
+    except (json.JSONDecodeError, RecursionError) as error:
+        return ValueError(f"expected one JSON object, found a broken line ({first_line(error)})")
+
+
+def _rows(table: Any, path: Path) -> Iterator[Record]:
+    number = 0
+    for batch in table.to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: expected a parquet file ({first_line(error)})") from None
+    return _rows(table, path)
+
+
+def _arrow(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as stream:
+            table = pa.ipc.open_stream(stream).read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: expected an Arrow stream ({first_line(error)})") from None
+    return _rows(table, path)
+
+
+def _from_saved(root: Path, split: str) -> Source:
+    """A directory written by `datasets.Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        data = load_from_disk(str(root))
+    except Exception as error:
+        raise InputError(f"{root}: expected a saved dataset ({first_line(error)})") from None
+    folder = root
+    if isinstance(data, DatasetDict):
+        name = next((n for n in SPLIT_NAMES[split] if n in data), None)
+        if name is None:
+            raise InputError(f"{root}: expected the split {split}, found {', '.join(data)}")
+        data, folder = data[name], root / name
+    records = ((f"{folder}, row {i}", row) for i, row in enumerate(data, start=1))
+    return Source(records, str(folder), tuple(sorted(folder.glob("*.arrow"))))
+
+
+def _from_hub(hub: tuple[str, str], split: str) -> Source:
+    """The cache of `datasets`, else the hub (HF_HUB_OFFLINE=1 keeps to the cache)."""
+    from datasets import load_dataset
+
+    repository, config = hub
+    try:
+        data = load_dataset(repository, config, split=split)
+    except Exception as error:  # the libraries below raise of every kind here
+        raise InputError(
+            f"dataset {repository} ({config}, {split}): expected it in the cache or on the hub, "
+            f"found neither ({first_line(error)}); give --data_dir a copy on disk"
+        ) from None
+    name = f"{repository}/{config}"
+    records = ((f"{name}, row {i}", row) for i, row in enumerate(data, start=1))
+    return Source(records, name, tuple(Path(f["filename"]) for f in data.cache_files))

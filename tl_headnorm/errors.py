@@ -1,0 +1,34 @@
+"""The one exception a user is meant to see, and the spelling help that goes with it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad usage or bad input: one line saying what was expected, what was found, what to do.
+
+    The command line prints it without a traceback and exits 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(str(message).split()))
+
+
+def nearest(name: object, choices: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the most similar of `choices`, or an empty string."""
+    close = difflib.get_close_matches(str(name), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
+    """The error for a name that is in none of `choices`."""
+    known = sorted(choices)
+    listed = ", ".join(known)
+    return InputError(f"unknown {kind} {name!r}{nearest(name, known)} Expected one of: {listed}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line and of a bearable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,149 @@
+"""DataArray [layer, head] -> plotly figure, HTML page and PNG. Imports no torch."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from tl_headnorm.files import write_bytes, write_text
+
+COLORS = "Viridis"
+NO_DATA = "#d0d0d0"
+
+
+def _labels(array: xr.DataArray) -> tuple[str, str]:
+    """(title, colour bar label) from the array's attributes, or its name where it has none."""
+    attrs = array.attrs
+    statistic = attrs.get("statistic", "")
+    formula = attrs.get("formula", str(array.name or "value"))
+    unit = attrs.get("units", "")
+    label = f"{statistic} {formula}".strip()
+    title = f"{label} of every head"
+    if "title" in attrs:
+        title += f"<br><sub>{attrs['title']}</sub>"
+    return title, f"{label}<br>{unit}"
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """1 for the largest value; NaN where there is none."""
+    flat = values.ravel()
+    ranks = np.full(flat.shape, np.nan)
+    real = np.flatnonzero(~np.isnan(flat))
+    ranks[real[np.argsort(-flat[real], kind="stable")]] = np.arange(1, len(real) + 1)
+    return ranks.reshape(values.shape)
+
+
+def _hover(values: np.ndarray, std: np.ndarray | None) -> np.ndarray:
+    """The text under the pointer, per cell."""
+    ranks, real = _ranks(values), int((~np.isnan(values)).sum())
+    text = np.empty(values.shape, dtype=object)
+    for (layer, head), value in np.ndenumerate(values):
+        lines = [f"layer {layer}, head {head}"]
+        if np.isnan(value):
+            lines.append("no data")
+        else:
+            lines.append(f"mean {value:.4g}")
+            if std is not None:
+                lines.append(f"std {std[layer, head]:.4g}")
+            lines.append(f"rank {ranks[layer, head]:.0f} of {real}")
+        text[layer, head] = "<br>".join(lines)
+    return text
+
+
+def heatmap(array: xr.DataArray, title: str | None = None) -> Any:
+    """An interactive heatmap, layers down and heads across.
+
+    Takes for example `run["head_output_norm_mean"]`; the hover text has layer, head, mean, std
+    and rank (1 is the largest). Cells without data are grey.
+    """
+    import plotly.graph_objects as go
+
+    values = np.asarray(array.values, np.float64)
+    heading, label = _labels(array)
+    n_layers, n_heads = values.shape
+    figure = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=list(range(n_heads)),
+            y=list(range(n_layers)),
+            text=_hover(values, array.attrs.get("std")),
+            hoverinfo="text",
+            hoverongaps=True,
+            colorscale=COLORS,
+            colorbar={"title": {"text": label, "side": "right"}},
+            xgap=1,
+            ygap=1,
+        )
+    )
+    figure.update_layout(
+        title={"text": title or heading, "x": 0.02},
+        template="plotly_white",
+        plot_bgcolor=NO_DATA if np.isnan(values).any() else "white",
+        margin={"l": 60, "r": 20, "t": 80, "b": 60},
+        width=max(560, 200 + 26 * n_heads),
+        height=max(380, 180 + 26 * n_layers),
+    )
+    figure.update_xaxes(title="head", tickmode="linear", dtick=_step(n_heads), showgrid=False)
+    figure.update_yaxes(
+        title="layer", tickmode="linear", dtick=_step(n_layers), autorange="reversed",
+        showgrid=False,
+    )  # fmt: skip
+    if np.isnan(values).any():
+        figure.add_annotation(
+            text="grey: no data", xref="paper", yref="paper", x=1, y=1.02, showarrow=False,
+            xanchor="right", yanchor="bottom",
+        )  # fmt: skip
+    return figure
+
+
+def _step(count: int) -> int:
+    """Every label up to 20, then every second, fourth, ..."""
+    step = 1
+    while count / step > 20:
+        step *= 2
+    return step
+
+
+def heatmap_png(array: xr.DataArray, title: str | None = None) -> bytes:
+    """The same picture as PNG, drawn by matplotlib: no browser needed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = np.asarray(array.values, np.float64)
+    heading, label = _labels(array)
+    n_layers, n_heads = values.shape
+    size = (max(5.6, 2.2 + 0.26 * n_heads), max(3.6, 1.6 + 0.26 * n_layers))
+    figure = Figure(figsize=size, layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor(NO_DATA)
+    masked = np.ma.masked_invalid(values)
+    image = axes.imshow(masked, aspect="auto", cmap=COLORS.lower(), interpolation="nearest")
+    axes.set_xticks(range(0, n_heads, _step(n_heads)))
+    axes.set_yticks(range(0, n_layers, _step(n_layers)))
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    head, _, sub = (title or heading).partition("<br>")
+    axes.set_title(head, loc="left", fontsize=11, pad=20 if sub else 8)
+    if sub:
+        plain = sub.replace("<sub>", "").replace("</sub>", "")
+        axes.text(0, 1.02, plain, transform=axes.transAxes, fontsize=7.5, color="#444444")
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label(label.replace("<br>", "\n"), fontsize=8)
+    for layer, column in np.argwhere(np.isnan(values)) if np.isnan(values).sum() <= 64 else []:
+        axes.text(column, layer, "×", ha="center", va="center", fontsize=7, color="#777777")
+    if np.isnan(values).any():
+        axes.text(
+            1, -0.12, "grey: no data", transform=axes.transAxes, ha="right", va="top", fontsize=7.5
+        )
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def save_heatmap(array: xr.DataArray, stem: Path) -> None:
+    """Write `<stem>.html` (self-contained) and `<stem>.png`."""
+    write_text(stem.with_suffix(".html"), heatmap(array).to_html(include_plotlyjs=True))
+    write_bytes(stem.with_suffix(".png"), heatmap_png(array))

@@ -1,0 +1,93 @@
+"""What a model must show before it is measured."""
+
+from typing import Any
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from tl_headnorm import hooks
+from tl_headnorm.errors import InputError
+
+# Largest accepted |difference| / max|reference|: a few hundred roundings of the type.
+TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+PROBE_LENGTH = 8
+
+
+def relative_difference(found: Tensor, reference: Tensor) -> float:
+    """max|found - reference| / max|reference|."""
+    wide = torch.promote_types(reference.dtype, torch.float32)
+    scale = reference.to(wide).abs().max().clamp_min(torch.finfo(wide).tiny)
+    return float((found.to(wide) - reference.to(wide)).abs().max() / scale)
+
+
+@torch.no_grad()
+def check_model(model: Any) -> dict[str, float]:
+    """Compare with Hugging Face on a probe, row 0 full and row 1 left-padded.
+
+    Raises InputError unless: logits equal Hugging Face's; in every layer
+    sum_h z_h W_O^h + b_O = attn_out; and zeroing the head that contributes most changes the
+    logits. Returns the relative differences found.
+    """
+    tl, tolerance = model.tl, TOLERANCE[model.hf.dtype]
+    ids, mask = _probe(model)
+    names = [hooks.attn_out_name(layer) for layer in range(tl.cfg.n_layers)]
+    z, resid, attn_out = hooks.run_z(tl, ids, mask, extra=names)
+    logits = tl.unembed(tl.ln_final(resid[:, -1:]))
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    reference = model.hf(
+        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1
+    ).logits
+    found = {"logits": relative_difference(logits, reference)}
+    parts = [_head_sum(tl, z[layer], layer) for layer in z]
+    real = mask.bool()
+    found["attn_out"] = max(
+        relative_difference(total[real], attn_out[name][real])
+        for total, name in zip(parts, names, strict=True)
+    )
+    for what, value in found.items():
+        if not value <= tolerance:  # NaN fails too
+            raise InputError(
+                f"self_check: expected {what} within {tolerance:g} of Hugging Face's, found "
+                f"{value:.2g}; this model cannot be measured faithfully "
+                "(--self_check false loads it all the same)"
+            )
+    _check_causal(tl, z, ids, mask, resid)
+    return found
+
+
+def _probe(model: Any) -> tuple[Tensor, Tensor]:
+    """Two rows of spread-out token ids, the second one padded on the left."""
+    length = min(PROBE_LENGTH, model.n_ctx)
+    vocabulary = model.tl.cfg.d_vocab
+    ids = (torch.arange(1, length + 1) * 7919 % vocabulary).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, : length // 3] = 0
+    return ids.to(model.device), mask.to(model.device)
+
+
+def _head_sum(tl: Any, z: Tensor, layer: int) -> Tensor:
+    wide = torch.promote_types(z.dtype, torch.float32)
+    W_O, b_O = hooks.W_O(tl, layer).to(wide), hooks.b_O(tl, layer).to(wide)
+    return einsum(z.to(wide), W_O, "b p h d, h d m -> b p m") + b_O
+
+
+def _check_causal(tl: Any, z: Any, ids: Tensor, mask: Tensor, resid: Tensor) -> None:
+    """The hook must cut the model, not watch it: zeroing the strongest head changes the output."""
+    layer = max(z)
+    sizes = einsum(
+        z[layer][:, -1].float(), hooks.W_O(tl, layer).float(), "b h d, h d m -> b h m"
+    ).norm(dim=-1)
+    head = int(sizes[0].argmax())
+    with hooks.zero_heads(tl, [(layer, head)]):
+        _, edited, _ = hooks.run_z(tl, ids, mask)
+    if torch.equal(edited[:, -1], resid[:, -1]):
+        raise InputError(
+            f"self_check: expected zeroing head {layer}.{head} to change the output, found no "
+            "change; the hooks do not reach this model's computation"
+        )
