@@ -4,15 +4,14 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from tl_headnorm.config import Settings
-from tl_headnorm.errors import InputError, first_line, nearest
+from tl_headnorm.config import Settings, check_config
+from tl_headnorm.errors import InputError, first_line, nearest, unknown
 
-_UNKNOWN_SETTING = re.compile(
-    r"does not accept option '([^']+)'|unrecognized arguments: -*([^=\s]+)"
-)
+_UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments: (-*)([^=\s]+)")
+_WRONG_TYPE = re.compile(r'Parser key "([\w.]+)":? (?:Expected a (.+?)\. Got value: (.*)|(.*))')
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -59,10 +58,12 @@ def build_parser() -> Any:
         description="What every attention head of a language model does over a dataset.",
         epilog="tl-headnorm COMMAND --help lists the settings of a command.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
-        sub = ArgumentParser(description=command.help, exit_on_error=False)
+        # Without abbreviations: --max_sample is a slip to be told of, not --max_samples.
+        sub = ArgumentParser(description=command.help, exit_on_error=False, allow_abbrev=False)
         sub.add_argument("--config", action="config", help="YAML file with settings (same keys).")
         sub.add_class_arguments(command.settings, as_group=False)
         commands.add_subcommand(name, sub, help=command.help)
@@ -81,21 +82,44 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except InputError as error:
+    except Exception as error:
+        line = _one_line(error)
+        if line is None:
+            raise
         if debug:
             traceback.print_exc()
-        print(f"tl-headnorm: {error}", file=sys.stderr)
+        print(f"tl-headnorm: {line}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell of an error that the input or the machine is to blame for; else None."""
+    if isinstance(error, InputError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, not imported for --help's sake
+        return (
+            f"expected enough memory on the device, found none left ({first_line(error)}); lower "
+            "--batch_size or --max_length"
+        )
+    if isinstance(error, OSError):
+        return f"expected files that can be read and written, found {first_line(error)}"
+    return None
 
 
 def parse(arguments: list[str]) -> tuple[str, Any]:
     """(command, its settings). Raises InputError in one line for whatever does not fit."""
     _check_command(arguments)
+    if arguments[0] in COMMANDS:
+        arguments = _with_true(arguments)
+        for path in _config_files(arguments):
+            check_config(path, _names(arguments[0]))
     parser = build_parser()
     try:
         namespace = parser.parse_args(arguments)
-    except InputError:
-        raise
+        name = namespace.subcommand
+        values = namespace[name].as_dict()
+        values.pop("config", None)
+        return name, COMMANDS[name].settings(**values)
     except Exception as error:  # argparse's and jsonargparse's own, and those of the YAML reader
         cause: BaseException | None = error
         while cause is not None:
@@ -103,35 +127,71 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise _usage_error(error, arguments) from None
-    name = namespace.subcommand
-    values = namespace[name].as_dict()
-    values.pop("config", None)
-    return name, COMMANDS[name].settings(**values)
+
+
+def _names(command: str) -> list[str]:
+    return [field.name for field in fields(COMMANDS[command].settings)]
 
 
 def _check_command(arguments: list[str]) -> None:
     if not arguments:
         raise InputError(f"expected a command: {', '.join(COMMANDS)}; see tl-headnorm --help")
-    if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+    first = arguments[0]
+    if first in COMMANDS or first in ("-h", "--help"):
+        return
+    if first.startswith("-"):
         raise InputError(
-            f"unknown command {arguments[0]!r}{nearest(arguments[0], COMMANDS)} "
-            f"Expected one of: {', '.join(COMMANDS)}"
+            f"expected a command before the settings ({', '.join(COMMANDS)}), found {first!r}; "
+            "see tl-headnorm --help"
         )
+    raise unknown("command", first, COMMANDS)
+
+
+def _with_true(arguments: list[str]) -> list[str]:
+    """`--debug` alone means `--debug=true`, likewise for every setting that is true or false."""
+    command, rest = arguments[0], arguments[1:]
+    switches = {
+        f"--{f.name}" for f in fields(COMMANDS[command].settings) if f.type in (bool, "bool")
+    }
+    ends = [*rest[1:], "--"]
+    return [command] + [
+        f"{a}=true" if a in switches and after.startswith("-") else a
+        for a, after in zip(rest, ends, strict=False)
+    ]
+
+
+def _config_files(arguments: list[str]) -> list[str]:
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    given = [after if a == "--config" else a.partition("=")[2]
+             for a, after in pairs if a == "--config" or a.startswith("--config=")]  # fmt: skip
+    return [path for path in given if path]
 
 
 def _usage_error(error: Exception, arguments: list[str]) -> InputError:
-    """jsonargparse's complaint in one line, with the nearest setting's name."""
+    """jsonargparse's complaint in one line of ours, with the nearest setting's name."""
     text = " ".join(str(error).split())
-    unknown = re.search(
-        r"does not accept option '([\w.]+)'|unrecognized arguments: -*([\w.]+)", text
-    )
-    command = COMMANDS.get(arguments[0])
-    if unknown and command is not None:
-        key = unknown.group(1) or unknown.group(2)
-        known = [*command.settings.__dataclass_fields__, "config"]  # type: ignore[attr-defined]
-        return InputError(
-            f"unknown setting {key!r}{nearest(key, known)}; see tl-headnorm {arguments[0]} --help"
-        )
+    see = f"; see tl-headnorm {arguments[0]} --help"
+    if match := _UNKNOWN.search(text):
+        key = match.group(1) or match.group(3)
+        if match.group(1) or match.group(2):
+            known = [*_names(arguments[0]), "config"]
+            return InputError(f"unknown setting {key!r}{nearest(key, known)}{see}")
+        return InputError(f"expected settings as --name value, found {key!r}{see}")
+    if match := _WRONG_TYPE.search(text):
+        key, kind, value, other = match.groups()
+        if kind:
+            return InputError(f"{key}: expected {_kind(kind)}, found {value}{see}")
+        text = f"{key}: {other}"
     if len(text) > 300:
         text = first_line(error)
-    return InputError(f"{text}; see tl-headnorm {arguments[0]} --help")
+    return InputError(f"{text}{see}")
+
+
+def _kind(kind: str) -> str:
+    """A type as jsonargparse prints it, in words."""
+    if "Literal[" in kind:
+        return "one of " + ", ".join(re.findall(r"'([^']*)'", kind))
+    name = kind.removeprefix("<class '").removesuffix("'>")
+    words = {"int": "a whole number", "bool": "true or false", "float": "a number",
+             "tuple": "a list such as [4, 5]", "str": "text"}  # fmt: skip
+    return words.get(name, name)

@@ -2,7 +2,8 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,73 +16,121 @@ from tqdm.auto import tqdm
 
 from tl_headnorm import hooks, results
 from tl_headnorm.config import Settings
-from tl_headnorm.data.batches import Batch, batches_in_order
+from tl_headnorm.data.batches import Batch, make_batch
+from tl_headnorm.data.plan import Group, plan_batches, prefix_groups
 from tl_headnorm.data.prepare import Prepared, prepare
 from tl_headnorm.data.questions import Question
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
+from tl_headnorm.fast import Tail
 from tl_headnorm.measures import (
     MEASURES,
     contribution_factor,
     last_real_position,
-    mean_over_tokens,
-    take_position,
+    sum_over_tokens,
 )
+from tl_headnorm.memory import auto_batch_tokens, halves, is_out_of_memory
 from tl_headnorm.model import Model
 from tl_headnorm.stats import Moments
+
+
+@dataclass(frozen=True)
+class How:
+    """How prompts are measured: what is taken of them, and the ways that make it fast."""
+
+    token_agg: str = "last"
+    exclude_first_token: bool = False
+    padding_side: str = "right"
+    batch_size: int = 8
+    max_batch_tokens: int | str = "auto"
+    score: bool = False
+    share_prefix: bool = True
+    sort: bool = True
 
 
 @dataclass
 class Collected:
     """Per-sample values [sample, layer, head] and moments by measure; predictions by sample."""
 
-    values: dict[str, Float[np.ndarray, "sample layer head"]]
+    values: Mapping[str, np.ndarray]
     moments: dict[str, Moments]
     predicted: Int[np.ndarray, " sample"]
 
 
-def measure_batch(
-    model: Model,
-    batch: Batch,
-    factors: Mapping[int, Tensor],
-    *,
-    token_agg: str = "last",
-    exclude_first_token: bool = False,
-    score: bool = False,
-) -> tuple[dict[str, Float[np.ndarray, "batch layer head"]], Int[np.ndarray, " batch"]]:
-    """Every measure of every head for one batch, and the predicted option of each prompt.
-
-    A layer whose hook did not fire is NaN. Only [batch, layer, head] numbers leave the device.
-    """
-    ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-    z_by_layer, resid, _ = hooks.run_z(model.tl, ids, mask)
-    last = last_real_position(mask)
-    columns: dict[str, list[Tensor]] = {name: [] for name in MEASURES}
-    for layer in range(model.info.n_layers):
-        z = z_by_layer.pop(layer, None)
-        if z is not None and token_agg == "last":
-            z = take_position(z, last)
-        for name, measure in MEASURES.items():
-            if z is None:
-                values = torch.full((len(batch), model.info.n_heads), torch.nan)
-            elif token_agg == "last":
-                values = measure.compute(z, factors[layer])[:, 0]
-            else:
-                per_token = measure.compute(z, factors[layer])
-                values = mean_over_tokens(per_token, mask, exclude_first_token)
-            columns[name].append(values.to(model.device))
-    stacked = {n: torch.stack(c, dim=1).double().cpu().numpy() for n, c in columns.items()}
-    return stacked, _predict(model, batch, resid, last) if score else np.full(len(batch), -1)
+Factors = Mapping[int, Tensor]
+BatchValues = dict[str, Float[np.ndarray, "batch layer head"]]
 
 
-def _predict(model: Model, batch: Batch, resid: Tensor, last: Tensor) -> Int[np.ndarray, " batch"]:
+def factors_of(model: Model) -> dict[int, Float[Tensor, "head k d_head"]]:
+    """The contribution factor of every layer."""
+    layers = range(model.info.n_layers)
+    return {layer: contribution_factor(hooks.W_O(model.tl, layer)) for layer in layers}
+
+
+class Measurer:
+    """Measures batches of one group of prompts; the shared prefix is run once, here."""
+
+    def __init__(self, model: Model, factors: Factors, how: How, prefix: Sequence[int]) -> None:
+        self.model, self.factors, self.how = model, factors, how
+        self.prefix = hooks.run_prefix(model.tl, prefix) if prefix else None
+        self.before = self._prefix_sums() if prefix and how.token_agg == "all" else {}
+
+    def _prefix_sums(self) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """(sum, count) over the prefix's tokens: constants of every prompt in the group."""
+        assert self.prefix is not None
+        mask = torch.ones(1, len(self.prefix), dtype=torch.long, device=self.model.device)
+        return {
+            (name, layer): sum_over_tokens(
+                measure.compute(z, self.factors[layer]), mask, self.how.exclude_first_token
+            )
+            for layer, z in self.prefix.z.items()
+            for name, measure in MEASURES.items()
+        }
+
+    def __call__(self, batch: Batch) -> tuple[BatchValues, Int[np.ndarray, " batch"]]:
+        """Every measure of every head for one batch, and each prompt's predicted option.
+
+        A layer whose hook did not fire is NaN. Only [batch, layer, head] numbers leave the device.
+        """
+        model, how = self.model, self.how
+        ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
+        tail = Tail(last_real_position(mask), how.token_agg == "all", how.score)
+        seen = hooks.run_z(model.tl, ids, mask, prefix=self.prefix, tail=tail)
+        columns: dict[str, list[Tensor]] = {name: [] for name in MEASURES}
+        for layer in range(model.info.n_layers):
+            z = seen.z.pop(layer, None)
+            for name in MEASURES:
+                columns[name].append(self._of_layer(name, layer, z, mask))
+        values = {n: torch.stack(c, dim=1).double().cpu().numpy() for n, c in columns.items()}
+        guesses = _predict(model, batch, seen.resid[:, 0]) if how.score else None
+        return values, np.full(len(batch), -1) if guesses is None else guesses
+
+    def _of_layer(self, name: str, layer: int, z: Tensor | None, mask: Tensor) -> Tensor:
+        """One measure of one layer, [batch, head]."""
+        if z is None:
+            shape = (len(mask), self.model.info.n_heads)
+            return torch.full(shape, torch.nan, device=self.model.device)
+        per_token = MEASURES[name].compute(z, self.factors[layer])
+        if self.how.token_agg == "last":
+            return per_token[:, 0]
+        # The first token stands in the prefix where there is one.
+        skip = self.how.exclude_first_token and self.prefix is None
+        total, count = sum_over_tokens(per_token, mask, skip)
+        if (name, layer) in self.before:
+            earlier, number = self.before[name, layer]
+            total, count = total + earlier, count + number
+        return total / count
+
+
+def _predict(
+    model: Model, batch: Batch, resid: Float[Tensor, "batch d_model"]
+) -> Int[np.ndarray, " batch"]:
     """Position of the option whose letter has the largest next-token logit."""
     width = max(len(sample.letter_ids) for sample in batch.samples)
     # Rows with fewer options repeat their first letter: a tie that argmax never prefers.
     padded = [s.letter_ids + s.letter_ids[:1] * (width - len(s.letter_ids)) for s in batch.samples]
     letter_ids = torch.tensor(padded, device=model.device)
-    logits = hooks.letter_logits(model.tl, resid, last, letter_ids)
-    return logits.argmax(dim=1).cpu().numpy()
+    return hooks.letter_logits(model.tl, resid, letter_ids).argmax(dim=1).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -89,57 +138,78 @@ def measure_samples(
     model: Model,
     samples: Sequence[Encoded],
     *,
-    batch_size: int = 8,
-    padding_side: str = "right",
-    token_agg: str = "last",
-    exclude_first_token: bool = False,
-    score: bool = False,
     progress: bool = False,
     names: Sequence[str] = (),
+    store: Mapping[str, Any] | None = None,
+    factors: Factors | None = None,
+    **how: Any,
 ) -> Collected:
     """Measure tokenised prompts; values come back in dataset order, whatever the batches were.
 
-    Raises InputError at a value that is not finite, with layer, head and sample.
+    `how` takes the fields of How. `store` receives the per-sample values by measure, where they
+    are not to be kept in memory (anything that takes `store[name][rows] = values`). Raises
+    InputError at a value that is not finite, with layer, head and sample.
     """
+    options = How(**how)
     shape = (len(samples), model.info.n_layers, model.info.n_heads)
-    out = Collected(
-        {name: np.full(shape, np.nan, np.float32) for name in MEASURES},
-        {name: Moments.empty(shape[1:]) for name in MEASURES},
-        np.full(len(samples), -1),
-    )
-    factors = {
-        layer: contribution_factor(hooks.W_O(model.tl, layer))
-        for layer in range(model.info.n_layers)
-    }
+    values = store or {name: np.full(shape, np.nan, np.float32) for name in MEASURES}
+    moments = {name: Moments.empty(shape[1:]) for name in MEASURES}
+    out = Collected(values, moments, np.full(len(samples), -1))
+    factors = factors or factors_of(model)
     row_of = {sample.index: row for row, sample in enumerate(samples)}
-    for batch in _progress(batches_in_order(samples, batch_size, padding_side), samples, progress):
-        values, predicted = measure_batch(
-            model,
-            batch,
-            factors,
-            token_agg=token_agg,
-            exclude_first_token=exclude_first_token,
-            score=score,
-        )
-        rows = [row_of[sample.index] for sample in batch.samples]
-        for name, value in values.items():
-            _check_finite(name, value, [names[r] if names else str(r) for r in rows])
-            out.values[name][rows] = value
-            out.moments[name].update(value)
-        out.predicted[rows] = predicted
+    with _Progress(len(samples), progress) as bar:
+        for batch, found, predicted in _batches(model, samples, factors, options):
+            rows = [row_of[sample.index] for sample in batch.samples]
+            for name, value in found.items():
+                _check_finite(name, value, [names[r] if names else str(r) for r in rows])
+                out.values[name][rows] = value
+                out.moments[name].update(value)
+            out.predicted[rows] = predicted
+            bar.step(batch)
     return out
 
 
-def _progress(batches: Iterable[Batch], samples: Sequence[Encoded], shown: bool) -> Iterable[Batch]:
+def _batches(
+    model: Model, samples: Sequence[Encoded], factors: Factors, how: How
+) -> Iterator[tuple[Batch, BatchValues, np.ndarray]]:
+    """Every prompt exactly once; a batch that does not fit in memory is halved and run again."""
+    bound = how.max_batch_tokens
+    most = auto_batch_tokens(model) if bound == "auto" else int(bound)
+    groups = prefix_groups(samples) if how.share_prefix else [Group(tuple(samples), 0)]
+    for group in groups:
+        measurer = Measurer(model, factors, how, group.prefix)
+        pending = deque(plan_batches(group, how.batch_size, most, sort=how.sort))
+        while pending:
+            chosen = pending.popleft()
+            batch = make_batch(chosen, how.padding_side, skip=group.prefix_length)
+            try:
+                found, predicted = measurer(batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                pending.extendleft(reversed(halves(chosen, error)))
+                continue
+            yield batch, found, predicted
+
+
+class _Progress:
     """A bar on stderr that counts samples and shows tokens/s."""
-    started, tokens = time.perf_counter(), 0
-    with tqdm(total=len(samples), unit="sample", disable=not shown, desc="collect") as bar:
-        for batch in batches:
-            yield batch
-            tokens += int(batch.mask.sum())
-            rate = tokens / max(time.perf_counter() - started, 1e-9)
-            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            bar.update(len(batch))
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self.bar = tqdm(total=total, unit="sample", disable=not shown, desc="collect")
+        self.started, self.tokens = time.perf_counter(), 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, batch: Batch) -> None:
+        self.tokens += sum(len(sample) for sample in batch.samples)
+        rate = self.tokens / max(time.perf_counter() - self.started, 1e-9)
+        self.bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self.bar.update(len(batch))
 
 
 def _check_finite(name: str, value: np.ndarray, names: Sequence[str]) -> None:
@@ -179,6 +249,7 @@ def collect(
         model,
         prepared.encoded,
         batch_size=settings.batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
         padding_side=settings.padding_side,
         token_agg=settings.token_agg,
         exclude_first_token=settings.exclude_first_token,

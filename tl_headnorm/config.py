@@ -1,9 +1,11 @@
 """The settings of a run: one dataclass gives the flags, the YAML keys, the types and the help."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Optional
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
 
-from tl_headnorm.errors import InputError, nearest
+from tl_headnorm.errors import InputError, first_line, nearest
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Settings:
         exclude_first_token: Leave the first token (attention sink) out of the mean (all only).
         padding_side: Side on which shorter prompts are padded.
         prepend_bos: Begin every prompt with exactly one BOS, if the tokenizer has one.
-        batch_size: Prompts per forward pass.
+        batch_size: Prompts per forward pass at most.
+        max_batch_tokens: Padded tokens per forward pass at most; auto goes by free memory.
         max_length: Longest prompt in tokens; longer ones lose their beginning after BOS.
         per_sample: Write per_sample.npz and keep every sample's values.
         score_answers: Predict the answer letter and report accuracy.
@@ -58,6 +61,7 @@ class Settings:
     padding_side: Literal["right", "left"] = "right"
     prepend_bos: bool = True
     batch_size: int = 8
+    max_batch_tokens: Union[Literal["auto"], int] = "auto"
     max_length: int = 384
     per_sample: bool = True
     score_answers: bool = True
@@ -83,6 +87,11 @@ class Settings:
             raise InputError(
                 f"max_samples: expected -1 (all) or a number above 0, found {self.max_samples}; "
                 "set --max_samples to the number of questions wanted"
+            )
+        if self.max_batch_tokens != "auto" and int(self.max_batch_tokens) < 1:
+            raise InputError(
+                f"max_batch_tokens: expected auto or a number above 0, found "
+                f"{self.max_batch_tokens}"
             )
         if self.exclude_first_token and self.token_agg != "all":
             raise InputError(
@@ -111,3 +120,40 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.json."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def check_config(path: str | Path, known: Collection[str]) -> None:
+    """Raise InputError unless a YAML file is a mapping with each key known and given once.
+
+    YAML itself lets a repeated key silently win, so a run would not be the one that was read.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"config: expected a YAML file with settings, found {path} ({first_line(error)}); "
+            "check the path"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise InputError(f"{where}: expected YAML, found a fault ({problem}); mend it") from None
+    if not isinstance(root, yaml.MappingNode):
+        kinds = {yaml.SequenceNode: "a list", yaml.ScalarNode: "plain text"}
+        found = kinds.get(type(root), "an empty file")
+        raise InputError(f"{path}: expected settings as lines 'key: value', found {found}")
+    first: dict[str, int] = {}
+    for node, _ in root.value:
+        key, line = str(node.value), node.start_mark.line + 1
+        if key in first:
+            raise InputError(
+                f"{path}, line {line}: expected each setting once, found {key!r} again (first on "
+                f"line {first[key]}); keep one"
+            )
+        if key not in known:
+            raise InputError(f"{path}, line {line}: unknown setting {key!r}{nearest(key, known)}")
+        first[key] = line

@@ -23,8 +23,8 @@ def nearest(name: object, choices: Iterable[str]) -> str:
 def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
     """The error for a name that is in none of `choices`."""
     known = sorted(choices)
-    listed = ", ".join(known)
-    return InputError(f"unknown {kind} {name!r}{nearest(name, known)} Expected one of: {listed}")
+    hint = nearest(name, known) or "."
+    return InputError(f"unknown {kind} {name!r}{hint} Expected one of: {', '.join(known)}")
 
 
 def first_line(error: BaseException) -> str:

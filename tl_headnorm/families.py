@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tl_headnorm.errors import InputError
+from tl_headnorm.fast import install
 
 StateDict = dict[str, Tensor]
 
@@ -161,6 +162,7 @@ def build_hooked(hf_model: Any, tokenizer: Any) -> Any:
     # set_tokenizer would load the tokenizer anew, from the network for a hub id.
     hooked.tokenizer = tokenizer
     hooked.cfg.tokenizer_prepends_bos = False
+    install(hooked)
     return hooked.eval().requires_grad_(False)
 
 

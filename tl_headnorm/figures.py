@@ -46,7 +46,8 @@ def _hover(values: np.ndarray, std: np.ndarray | None) -> np.ndarray:
         else:
             lines.append(f"mean {value:.4g}")
             if std is not None:
-                lines.append(f"std {std[layer, head]:.4g}")
+                spread = std[layer, head]
+                lines.append("std: one sample" if np.isnan(spread) else f"std {spread:.4g}")
             lines.append(f"rank {ranks[layer, head]:.0f} of {real}")
         text[layer, head] = "<br>".join(lines)
     return text

@@ -25,7 +25,7 @@ from tl_headnorm.stats import Moments
 
 # Largest accepted relative difference: (per sample, of the means).
 TOLERANCE = {
-    "fp64": (1e-9, 1e-9),
+    "fp64": (1e-5, 1e-5),  # Hugging Face keeps its norms and RoPE tables in float32
     "fp32": (1e-4, 1e-4),
     "fp16": (1e-2, 2e-3),
     "bf16": (2e-2, 2e-3),

@@ -21,10 +21,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _quiet() -> None:
+    """Libraries keep to errors, and their bars away: the one bar shown is that of the samples."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    for noisy in ("httpx", "huggingface_hub", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
 def _open(settings: Settings) -> tuple[Model, Questions]:
     """Questions first: they fail fast, a model is slow to load."""
-    for noisy in ("httpx", "huggingface_hub", "transformers", "datasets"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    _quiet()
     get_template(settings.template_name, settings.template)
     questions = load_questions(
         settings.dataset,
@@ -51,6 +60,10 @@ def run_collect(settings: Settings) -> Path:
     try:
         model, questions = _open(settings)
         run = collect(model, questions, settings)
+        if settings.validate_samples and run.attrs["validated_against_hf"] is None:
+            checked = validate(model, questions, settings, limit=settings.validate_samples, run=run)
+            run.attrs["validated_against_hf"] = checked["worst_relative"]
+            run.attrs["finished_at"] = results.now()
         if not settings.per_sample:
             run = run.drop_vars([name for name in MEASURES if name in run])
         results.save_arrays(run, path)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 HeadValues = Float[Tensor, "batch pos head"]
@@ -26,7 +26,6 @@ def resid_contrib_norm(
     R_h is `contribution_factor(W_O)`. No [batch, pos, head, d_model] tensor is made. It says
     nothing of the direction: two heads of equal norm may cancel.
     """
-    # A batched matrix product per head; the einsum below never needs more than z's own size.
     projected = einsum(
         z.to(factor.dtype), factor, "batch pos head d_head, head k d_head -> batch pos head k"
     )
@@ -55,25 +54,20 @@ def last_real_position(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
 
 
 def take_position(
-    x: Float[Tensor, "batch pos *rest"], position: Int[Tensor, " batch"]
-) -> Float[Tensor, "batch 1 *rest"]:
+    x: Shaped[Tensor, "batch pos *rest"], position: Int[Tensor, " batch"]
+) -> Shaped[Tensor, "batch 1 *rest"]:
     """x at one position of each row, the position axis kept."""
     return x[torch.arange(len(x), device=x.device), position].unsqueeze(1)
 
 
-def mean_over_tokens(
+def sum_over_tokens(
     values: HeadValues, mask: Int[Tensor, "batch pos"], exclude_first: bool = False
-) -> Float[Tensor, "batch head"]:
-    """Mean over the real tokens of every row; `exclude_first` leaves the first real one out.
-
-    NaN for a row that has no token left.
-    """
-    weight = mask.to(values.dtype)
-    if exclude_first:
-        weight = weight * (mask.cumsum(1) > 1)
+) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch 1"]]:
+    """(sum, count) over the real tokens of every row; `exclude_first` skips the first real one."""
+    counted = mask.bool() & (mask.cumsum(1) > 1) if exclude_first else mask.bool()
     # where, not a product: a padded position may hold anything at all.
-    kept = torch.where(weight.bool().unsqueeze(-1), values, values.new_zeros(()))
-    return kept.sum(1) / weight.sum(1, keepdim=True)
+    kept = torch.where(counted.unsqueeze(-1), values, values.new_zeros(()))
+    return kept.sum(1), counted.sum(1, keepdim=True).to(values.dtype)
 
 
 @dataclass(frozen=True)

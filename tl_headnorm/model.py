@@ -53,7 +53,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.hf.device
+        return torch.device(self.tl.cfg.device)
 
     @property
     def n_ctx(self) -> int:

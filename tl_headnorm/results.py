@@ -5,7 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from importlib import metadata
@@ -123,7 +123,7 @@ def add_samples(
     for name, column in columns.items():
         run.coords[name] = ("sample", column)
     run.coords["sample"] = ("sample", np.arange(len(letters)))
-    run.attrs["accuracy"] = float(np.mean(correct)) if scored else None
+    run.attrs["accuracy"] = sum(map(bool, correct)) / len(correct) if scored else None
 
 
 def samples_table(run: xr.Dataset) -> pd.DataFrame:
@@ -191,10 +191,10 @@ def save_arrays(run: xr.Dataset, path: Path) -> None:
         for name in MEASURES
         for part in ("n", "mean", "M2")
     }
-    write_with(path / "moments.npz", lambda f: np.savez(f, **moments))
+    write_with(path / "moments.npz", partial(_save_arrays, moments))
     if all(name in run for name in MEASURES):
         arrays = {name: run[name].values.astype(np.float32) for name in MEASURES}
-        write_with(path / "per_sample.npz", lambda f: np.savez(f, **arrays))
+        write_with(path / "per_sample.npz", partial(_save_arrays, arrays))
     heads, samples = heads_table(run), samples_table(run)
     write_with(path / "heads.parquet", lambda f: heads.to_parquet(f, index=False))
     write_with(path / "samples.parquet", lambda f: samples.to_parquet(f, index=False))
@@ -210,34 +210,71 @@ def _save_array(array: np.ndarray, stream: Any) -> None:
     np.save(stream, array)
 
 
+def _save_arrays(arrays: Mapping[str, np.ndarray], stream: Any) -> None:
+    np.savez(stream, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub: keywords are bool
+
+
 def load_run(path: str | Path) -> xr.Dataset:
     """The Dataset of a finished run directory. Raises InputError where it is not one."""
     folder = Path(path).expanduser()
     if not (folder / "meta.json").is_file():
         raise InputError(
-            f"run: expected a finished run directory with meta.json, found none in {folder}"
+            f"run: expected a finished run directory with meta.json, found none in {folder}; "
+            "check the path, or run collect again if it was interrupted"
         )
+    record = _read(folder / "meta.json", _json)
+    record["settings"] = _read(folder / "config.json", _json)
+    stored = _read(folder / "moments.npz", _arrays)
+    samples = folder / "per_sample.npz"
+    values = _read(samples, _arrays) if samples.exists() else {}
+    table = _read(folder / "samples.parquet", pd.read_parquet)
     try:
-        record = json.loads((folder / "meta.json").read_text())
-        record["settings"] = json.loads((folder / "config.json").read_text())
-        with np.load(folder / "moments.npz") as stored:
-            moments = {
-                name: Moments(*(stored[f"{name}_{part}"] for part in ("n", "mean", "M2")))
-                for name in MEASURES
-            }
-        values: dict[str, np.ndarray] = {}
-        if (folder / "per_sample.npz").exists():
-            with np.load(folder / "per_sample.npz") as stored:
-                values = {name: stored[name] for name in MEASURES}
-        table = pd.read_parquet(folder / "samples.parquet")
-    except Exception as error:  # damaged files fail in as many ways as there are formats
-        raise InputError(f"run: {folder} is damaged ({first_line(error)})") from error
-    run = build(values, moments, record)
+        return _assemble(record, stored, values, table)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"run: expected what collect wrote in {folder}, found files that do not fit each "
+            f"other ({type(error).__name__}: {first_line(error)}); run collect again"
+        ) from error
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    """A file of a run; damaged ones fail in as many ways as there are formats."""
+    try:
+        return read(path)
+    except Exception as error:
+        what = "no such file" if not path.exists() else first_line(error)
+        raise InputError(
+            f"run: expected {path.name} as collect wrote it, found {path} damaged or missing "
+            f"({what}); run collect again"
+        ) from error
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def _assemble(
+    record: dict[str, Any],
+    stored: Mapping[str, np.ndarray],
+    values: Mapping[str, np.ndarray],
+    table: pd.DataFrame,
+) -> xr.Dataset:
+    moments = {
+        name: Moments(*(stored[f"{name}_{part}"] for part in ("n", "mean", "M2")))
+        for name in MEASURES
+    }
+    run = build({name: values[name] for name in MEASURES if values}, moments, record)
     run.coords["sample"] = ("sample", table["index"].to_numpy())
     run.coords["sample_id"] = ("sample", table["id"].to_numpy(dtype=object))
-    for column in ("n_tokens", "answer_letter", "predicted", "correct"):
-        run.coords[column] = ("sample", table[column].to_numpy(dtype=object))
-    run.coords["n_tokens"] = run.coords["n_tokens"].astype(np.int64)
+    run.coords["n_tokens"] = ("sample", table["n_tokens"].to_numpy(dtype=np.int64))
+    for column in ("answer_letter", "predicted", "correct"):
+        known = table[column].astype(object)
+        run.coords[column] = ("sample", known.where(known.notna(), None).to_numpy(dtype=object))
     return run
 
 

@@ -12,7 +12,10 @@ from tl_headnorm.data.tokens import Encoded
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and mask (1 on real tokens); row i is the prompt `samples[i]`."""
+    """Token ids and mask (1 on real tokens); row i is the prompt `samples[i]`.
+
+    Where the prompts share a prefix that was run before, ids and mask are what follows it.
+    """
 
     samples: tuple[Encoded, ...]
     ids: Int[Tensor, "batch pos"]
@@ -22,15 +25,21 @@ class Batch:
         return len(self.samples)
 
 
-def make_batch(samples: Sequence[Encoded], padding_side: str, pad_id: int = 0) -> Batch:
-    """Pad to the longest prompt. The pad id is never seen: the mask covers it."""
-    width = max(len(sample) for sample in samples)
-    ids = torch.full((len(samples), width), pad_id, dtype=torch.long)
+def make_batch(
+    samples: Sequence[Encoded], padding_side: str, *, skip: int = 0, pad_id: int = 0
+) -> Batch:
+    """Pad to the longest prompt, without the first `skip` tokens of each.
+
+    The pad id is never seen: the mask covers it.
+    """
+    rows = [sample.ids[skip:] for sample in samples]
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, sample in enumerate(samples):
-        place = slice(0, len(sample)) if padding_side == "right" else slice(-len(sample), None)
-        ids[row, place] = torch.tensor(sample.ids)
-        mask[row, place] = 1
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if padding_side == "right" else slice(width - len(row), None)
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = 1
     return Batch(tuple(samples), ids, mask)
 
 

@@ -61,10 +61,10 @@ def few_shot_examples(questions: Sequence[Question], settings: Settings) -> Sequ
     """Questions of the train split, else of the dev split, of the same dataset."""
     name = getattr(questions, "name", settings.dataset)
     data_dir = getattr(questions, "data_dir", settings.data_dir)
-    if data_dir is not None and Path(data_dir).is_file():
+    if data_dir is not None and _holds_one_split(Path(data_dir).expanduser()):
         raise InputError(
-            f"few_shot: expected data_dir to be a directory with a train or dev split, found the "
-            f"file {data_dir}"
+            f"few_shot: expected data_dir to be a directory with a train or dev split, found one "
+            f"split alone in {data_dir}; put them side by side, or use --few_shot 0"
         )
     problem = None
     for split in ("train", "validation"):
@@ -78,7 +78,14 @@ def few_shot_examples(questions: Sequence[Question], settings: Settings) -> Sequ
             )
         except InputError as error:
             problem = problem or error
-    raise InputError(f"few_shot: expected a train or dev split to draw from; {problem}")
+    raise InputError(
+        f"few_shot: expected a train or dev split to draw from, found none ({problem})"
+    )
+
+
+def _holds_one_split(path: Path) -> bool:
+    """A file, or a `Dataset` (not a `DatasetDict`) saved by the datasets library."""
+    return path.is_file() or (path / "state.json").is_file()
 
 
 def _record(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,9 @@ class Questions(Sequence[Question]):
         return len(self.items)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.items[index]
+        """A question, or for a slice the questions with the same provenance."""
+        found = self.items[index]
+        return replace(self, items=found) if isinstance(index, slice) else found
 
     def __iter__(self) -> Iterator[Question]:
         return iter(self.items)
@@ -118,9 +120,11 @@ def _choices(question: Any, record: Mapping[str, Any]) -> tuple[str, list[Any], 
         return stem, [c.get("text") for c in choices], [c.get("label") for c in choices]
     stem = _text(record, "question")  # Hugging Face: question, choices.text, choices.label
     choices = record.get("choices")
-    if not isinstance(choices, Mapping) or not {"text", "label"} <= set(choices):
+    known = choices if isinstance(choices, Mapping) else {}
+    texts, labels = known.get("text"), known.get("label")
+    if not isinstance(texts, list) or not isinstance(labels, list):
         raise BadRecord("expected choices with the lists text and label")
-    return stem, list(choices["text"]), list(choices["label"])
+    return stem, texts, labels
 
 
 def parse_record(record: Any, where: str = "") -> Question:
@@ -147,7 +151,8 @@ def parse_record(record: Any, where: str = "") -> Question:
     answer = _answer_position(record.get("answerKey"), names)
     known = {"id", "question", "choices", "answerKey"}
     meta = {key: value for key, value in record.items() if key not in known}
-    identity = str(record.get("id") or where)
+    given = record.get("id")
+    identity = where if given is None or given == "" else str(given)
     return Question(identity, stem, tuple(texts), tuple(names), answer, {**meta, "source": where})
 
 

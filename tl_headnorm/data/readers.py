@@ -96,8 +96,14 @@ def find_split_files(root: Path, split: str, config: str | None) -> tuple[Path, 
         for pattern in patterns:
             # Sorted: shards in order, and of several snapshots always the same one.
             found = sorted(path for path in root.glob(pattern) if path.is_file())
-            if found:
-                return tuple(path for path in found if path.parent == found[0].parent)
+            shards = tuple(path for path in found if path.parent == found[0].parent)
+            if len(shards) > 1 and "-of-" not in pattern:
+                raise InputError(
+                    f"data_dir: expected one file of the {split} split in {root}, found "
+                    f"{', '.join(path.name for path in shards)}; set --data_dir to one of them"
+                )
+            if shards:
+                return shards
     return ()
 
 
@@ -173,6 +179,8 @@ def _from_saved(root: Path, split: str) -> Source:
         if name is None:
             raise InputError(f"{root}: expected the split {split}, found {', '.join(data)}")
         data, folder = data[name], root / name
+    elif data.split is not None and str(data.split) not in SPLIT_NAMES[split]:
+        raise InputError(f"{root}: expected the split {split}, found {data.split}")
     records = ((f"{folder}, row {i}", row) for i, row in enumerate(data, start=1))
     return Source(records, str(folder), tuple(sorted(folder.glob("*.arrow"))))
 
@@ -180,7 +188,12 @@ def _from_saved(root: Path, split: str) -> Source:
 def _from_hub(hub: tuple[str, str], split: str) -> Source:
     """The cache of `datasets`, else the hub (HF_HUB_OFFLINE=1 keeps to the cache)."""
     from datasets import load_dataset
+    from datasets.utils.logging import set_verbosity_error
+    from huggingface_hub.utils.logging import set_verbosity_error as hub_set_verbosity_error
 
+    # Their retries fill the screen where there is no network; the error below says it once.
+    set_verbosity_error()
+    hub_set_verbosity_error()
     repository, config = hub
     try:
         data = load_dataset(repository, config, split=split)

@@ -56,6 +56,7 @@ _PROBES = tuple(
     Question("probe", "Which?", tuple(f"option {i}" for i in range(n)), tuple(LETTERS[:n]), 0)
     for n in (3, 4, 5)
 )
+_OTHER = Question("other", "Why?", ("a", "b", "c", "d"), ("A", "B", "C", "D"), 0)
 
 
 def register_template(
@@ -132,7 +133,12 @@ def jinja_template(source: str) -> Template:
                 "options, letters and letters_in_words"
             ) from None
 
-    render(_PROBES[1])
+    # `{question}` with single braces is plain text to Jinja2: every prompt would be the same.
+    if render(_PROBES[1]) == render(_OTHER):
+        raise InputError(
+            "template: expected {{ question }} or {% for letter, text in options %} in it, found "
+            f"the same text for every question ({text.strip()[:60]!r})"
+        )
     return Template("jinja" if text is source else Path(source).name, render)
 
 
@@ -185,6 +191,11 @@ def _without(drawn: Sequence[Question], question: Question, k: int) -> list[Ques
             break
         if example.id != question.id and example.stem != question.stem:
             kept.append(example)
+    if len(kept) < k:
+        raise InputError(
+            f"few_shot: expected {k} examples other than question {question.id} itself, found "
+            f"{len(kept)}; lower --few_shot"
+        )
     return kept
 
 

@@ -98,9 +98,10 @@ class _LetterTokens:
         longer = token_ids(self.tokenizer, [sample.prompt_text + letter for letter in missing])
         for letter, extended in zip(missing, longer, strict=True):
             start = common_prefix_length(ids, extended)
-            self.known[line, letter] = extended[start]
+            # A tokenizer that joins unknown characters may add no token at all.
+            self.known[line, letter] = extended[start] if start < len(extended) else -1
         tokens = tuple(self.known[line, letter] for letter in sample.option_labels)
-        if len(set(tokens)) < len(tokens):
+        if len(set(tokens)) < len(tokens) or -1 in tokens:
             raise InputError(
                 f"score_answers: expected one token of its own for each of the letters "
                 f"{', '.join(sample.option_labels)} after the prompt, found {tokens}; "
@@ -138,6 +139,11 @@ def build_sft_example(
         tokenizer, [sample.prompt_text, sample.prompt_text + sample.target_text]
     )
     start = common_prefix_length(prompt, full)
+    if append_eos and tokenizer.eos_token_id is None:
+        raise InputError(
+            "append_eos: expected a tokenizer with an EOS token, found none; "
+            "set tokenizer.eos_token or append_eos=False"
+        )
     head = bos_id(tokenizer, prepend_bos)
     tail = [int(tokenizer.eos_token_id)] if append_eos else []
     ids = head + full + tail

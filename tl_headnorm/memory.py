@@ -1,0 +1,59 @@
+"""How many tokens fit, and what to do when they did not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tl_headnorm.data.tokens import Encoded
+from tl_headnorm.errors import InputError, first_line
+
+# Of the free memory, what one forward pass may plan with: the rest is fragmentation's.
+SHARE = 0.5
+
+
+def bytes_per_token(model: Any) -> int:
+    """Activations one padded token holds at the widest moment of a pass, rounded up.
+
+    z of every layer, the block's own d_model vectors, the gated MLP's three d_mlp vectors, and
+    scores against as many keys as a long prompt has.
+    """
+    cfg = model.tl.cfg
+    size = torch.finfo(cfg.dtype).bits // 8
+    width = cfg.n_heads * cfg.d_head
+    d_mlp = cfg.d_mlp or 0
+    scores = cfg.n_heads * min(cfg.n_ctx, 1024)
+    numbers = cfg.n_layers * width + 6 * width + 8 * cfg.d_model + 3 * d_mlp + 2 * scores
+    return int(size * numbers + 4 * 4 * width)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a CUDA device, else of the host."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def auto_batch_tokens(model: Any) -> int:
+    """Padded tokens per pass that half the free memory holds, at least one prompt's worth."""
+    return max(512, int(SHARE * free_bytes(model.device)) // bytes_per_token(model))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch gave up for want of memory, on a device or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def halves(batch: Sequence[Encoded], error: RuntimeError) -> list[tuple[Encoded, ...]]:
+    """The batch in two; InputError where it is a single prompt already."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(batch) == 1:
+        raise InputError(
+            f"memory: expected room for one prompt of {len(batch[0])} tokens, found too little "
+            f"({first_line(error)}); lower --max_length or use --dtype bf16"
+        ) from error
+    middle = (len(batch) + 1) // 2
+    return [tuple(batch[:middle]), tuple(batch[middle:])]
