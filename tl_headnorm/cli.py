@@ -5,13 +5,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
-from tl_headnorm.config import Settings, check_config
+from tl_headnorm.config import BenchSettings, Settings, check_config
 from tl_headnorm.errors import InputError, first_line, nearest, unknown
 
 _UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments: (-*)([^=\s]+)")
 _WRONG_TYPE = re.compile(r'Parser key "([\w.]+)":? (?:Expected a (.+?)\. Got value: (.*)|(.*))')
+_NONE_FITS = re.compile(r"Union subtypes Subtypes: (.*) Given value: (.*)")
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -39,12 +40,24 @@ def _validate(settings: Settings) -> int:
     return DONE if passed else CHECK_FAILED
 
 
+def _bench(settings: BenchSettings) -> int:
+    from tl_headnorm.jobs import bench
+
+    print(bench(settings))
+    return DONE
+
+
 COMMANDS: dict[str, Command] = {
     "collect": Command(
         "Measure every head over a dataset and write a run directory.", Settings, _collect
     ),
     "validate": Command(
         "Compare the same numbers with Hugging Face's own forward.", Settings, _validate
+    ),
+    "bench": Command(
+        "Time the same prompts through Hugging Face, TransformerLens and this package.",
+        BenchSettings,
+        _bench,
     ),
 }
 
@@ -119,6 +132,7 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         name = namespace.subcommand
         values = namespace[name].as_dict()
         values.pop("config", None)
+        _refuse_null(name, values)
         return name, COMMANDS[name].settings(**values)
     except Exception as error:  # argparse's and jsonargparse's own, and those of the YAML reader
         cause: BaseException | None = error
@@ -131,6 +145,15 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
 
 def _names(command: str) -> list[str]:
     return [field.name for field in fields(COMMANDS[command].settings)]
+
+
+def _refuse_null(command: str, values: dict[str, Any]) -> None:
+    """jsonargparse lets YAML's null pass for any type."""
+    for field in fields(COMMANDS[command].settings):
+        if values[field.name] is None and type(None) not in get_args(field.type):
+            raise InputError(
+                f"{field.name}: expected a value, found null; give one or leave the key out"
+            )
 
 
 def _check_command(arguments: list[str]) -> None:
@@ -181,6 +204,10 @@ def _usage_error(error: Exception, arguments: list[str]) -> InputError:
         key, kind, value, other = match.groups()
         if kind:
             return InputError(f"{key}: expected {_kind(kind)}, found {value}{see}")
+        if union := _NONE_FITS.search(other):
+            return InputError(
+                f"{key}: expected {_kind(union.group(1))}, found {union.group(2)}{see}"
+            )
         text = f"{key}: {other}"
     if len(text) > 300:
         text = first_line(error)
@@ -189,9 +216,10 @@ def _usage_error(error: Exception, arguments: list[str]) -> InputError:
 
 def _kind(kind: str) -> str:
     """A type as jsonargparse prints it, in words."""
-    if "Literal[" in kind:
-        return "one of " + ", ".join(re.findall(r"'([^']*)'", kind))
+    if literal := re.search(r"Literal\[([^\]]*)\]", kind):
+        words = "one of " + ", ".join(re.findall(r"'([^']*)'", literal.group(1)))
+        return f"{words} or a whole number" if "'int'" in kind else words
     name = kind.removeprefix("<class '").removesuffix("'>")
-    words = {"int": "a whole number", "bool": "true or false", "float": "a number",
+    known = {"int": "a whole number", "bool": "true or false", "float": "a number",
              "tuple": "a list such as [4, 5]", "str": "text"}  # fmt: skip
-    return words.get(name, name)
+    return known.get(name, name)

@@ -148,3 +148,37 @@ def save_heatmap(array: xr.DataArray, stem: Path) -> None:
     """Write `<stem>.html` (self-contained) and `<stem>.png`."""
     write_text(stem.with_suffix(".html"), heatmap(array).to_html(include_plotlyjs=True))
     write_bytes(stem.with_suffix(".png"), heatmap_png(array))
+
+
+def save_bars(report: Any, stem: Path) -> None:
+    """The bench as horizontal bars of the ratio to the bare forward pass: `<stem>.png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = report["contenders"]
+    base = rows.get("hf_forward")
+    names = list(rows)
+    unit = base["samples_per_second"] if base else 1.0
+    values = [rows[name]["samples_per_second"] / unit for name in names]
+    spread = np.abs(np.array([rows[name]["spread"] for name in names]).T / unit - values)
+    figure = Figure(figsize=(7.2, 1.4 + 0.34 * len(names)), layout="constrained", dpi=160)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colors = ["#2a788e" if name.startswith("ours") else "#999999" for name in names]
+    bars = axes.barh(names, values, xerr=spread, color=colors, ecolor="#333333", capsize=2)
+    axes.bar_label(bars, fmt="%.2f", padding=6, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("throughput, bare forward pass = 1" if base else "samples per second")
+    work, machine = report["workload"], report["machine"]
+    axes.set_title(
+        f"{work['samples']} prompts, {work['model']['n_layers']} layers, "
+        f"{work['model']['dtype']}, batch {work['batch_size']}\n"
+        f"{machine.get('gpu', machine['cpu'])}, {machine['threads']} threads",
+        loc="left",
+        fontsize=9,
+    )
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    write_bytes(stem.with_suffix(".png"), stream.getvalue())

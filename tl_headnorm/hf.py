@@ -41,7 +41,7 @@ def output_projections(hf_model: Any) -> list[tuple[nn.Module, Tensor]]:
 
 
 @contextmanager
-def _reading_z(hf_model: Any, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+def reading_z(hf_model: Any, take: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While inside, `take(layer, z)` sees what every output projection receives."""
 
     def hook(layer: int) -> Callable[..., None]:
@@ -99,7 +99,7 @@ def batch_norms(
             found[name].append(value)
 
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    with _reading_z(hf_model, take):
+    with reading_z(hf_model, take):
         hf_model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tl_headnorm import results
 from tl_headnorm.collecting import collect
-from tl_headnorm.config import Settings
+from tl_headnorm.config import BenchSettings, Settings
 from tl_headnorm.data.questions import Questions, load_questions
 from tl_headnorm.data.templates import get_template
 from tl_headnorm.figures import save_heatmap
@@ -101,3 +101,21 @@ def run_validate(settings: Settings) -> tuple[Path, bool]:
         raise
     say(describe(report))
     return path, bool(report["passed"])
+
+
+def bench(settings: BenchSettings) -> Path:
+    """Run the bench, write bench.json and the bar chart; its directory."""
+    from tl_headnorm.bench import run_bench, table
+    from tl_headnorm.figures import save_bars
+
+    path = results.new_run_dir(settings.output_dir, "bench")
+    try:
+        write_json(path / "config.json", settings.as_dict())
+        report = run_bench(settings)
+        write_json(path / "bench.json", report)
+        save_bars(report, path / "bench")
+    except BaseException:
+        results.remove_if_empty(path)
+        raise
+    say(table(report))
+    return path

@@ -1,0 +1,225 @@
+"""Side-by-side throughput: the same prompts through every contender, interleaved, as ratios."""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from tl_headnorm import results
+from tl_headnorm.config import BenchSettings
+from tl_headnorm.contenders import CONTENDERS, Bench, Values, open_bench
+from tl_headnorm.data.tokens import Encoded
+from tl_headnorm.errors import InputError, unknown
+from tl_headnorm.hf import TOLERANCE, compare
+
+WORKLOAD = Path(__file__).parent / "workloads" / "arc_challenge_llama3.json"
+
+
+def workload(n_samples: int, vocabulary: int, seed: int) -> list[Encoded]:
+    """Random tokens with the lengths and the shared prefix of ARC-Challenge's real prompts."""
+    stored = json.loads(WORKLOAD.read_text())
+    lengths = stored["lengths"][:n_samples]
+    rng = np.random.default_rng(seed)
+    draw = lambda n: tuple(int(i) for i in rng.integers(3, vocabulary, n))  # noqa: E731
+    prefix = draw(stored["prefix"])
+    return [Encoded(i, prefix + draw(n - len(prefix))) for i, n in enumerate(lengths)]
+
+
+class PeakMemory:
+    """Most memory held inside the block, above what was held when it began."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.peak = device, 0
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            return self
+        trim_heap()
+        self.before, self._done = resident_bytes(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            self.peak = max(self.peak, resident_bytes() - self.before)
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device) - self.before
+            return
+        self._done.set()
+        self._thread.join()
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def trim_heap() -> None:
+    """Hand freed memory back, so that one contender does not hide in what another left."""
+    if platform.system() == "Linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        except (OSError, AttributeError):  # another C library: figures only get coarser
+            return
+
+
+def check_agreement(found: Mapping[str, Values], dtype: str) -> dict[str, float]:
+    """Worst relative difference of every contender to the reference; InputError beyond it.
+
+    The reference is `hf_hooks` where it runs, else the first contender that gives values.
+    """
+    with_values = {name: values for name, values in found.items() if values}
+    if not with_values:
+        return {}
+    reference = with_values.get("hf_hooks") or next(iter(with_values.values()))
+    tolerance, worst = TOLERANCE[dtype][0], {}
+    for name, values in with_values.items():
+        shared = values.keys() & reference.keys()
+        worst[name] = max(
+            (compare(values[key], reference[key])["worst_relative"] for key in shared), default=0.0
+        )
+        if worst[name] > tolerance:
+            raise InputError(
+                f"bench: expected {name} to agree with the others within {tolerance:g}, found a "
+                f"relative difference of {worst[name]:.2g}; its speed would mean nothing"
+            )
+    return worst
+
+
+def run_bench(settings: BenchSettings) -> dict[str, Any]:
+    """Run the contenders on the same prompts, `repeats` times in turn; what bench.json holds."""
+    names = settings.contenders or [n for n, c in CONTENDERS.items() if c.by_default()]
+    for name in names:
+        if name not in CONTENDERS:
+            raise unknown("contender", name, CONTENDERS)
+    bench = open_bench(settings)
+    samples = bench.samples or workload(settings.samples, bench.model.tl.cfg.d_vocab, settings.seed)
+    runs, loads = {}, {}
+    for name in names:
+        clock = time.perf_counter()
+        runs[name] = CONTENDERS[name].open(bench)
+        loads[name] = time.perf_counter() - clock + bench.hf_load_seconds
+    first, peaks = _first_round(runs, bench, samples)
+    differences = check_agreement(first, bench.model.info.dtype)
+    del first
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    rounds = [name for _ in range(settings.repeats) for name in names]
+    for name in tqdm(rounds, unit="run", desc="bench"):
+        seconds[name].append(_timed(runs[name], samples, bench))
+    report = _report(bench, samples, seconds, peaks, loads, differences)
+    report["workload"]["source"] = settings.data_dir or WORKLOAD.name
+    return report
+
+
+def _first_round(
+    runs: Mapping[str, Any], bench: Bench, samples: Sequence[Encoded]
+) -> tuple[dict[str, Values], dict[str, int]]:
+    """Warm up, take every contender's values, and its peak memory."""
+    values, peaks = {}, {}
+    for name in tqdm(runs, unit="run", desc="compare"):
+        with PeakMemory(bench.model.device) as memory:
+            values[name] = runs[name](samples)
+        peaks[name] = memory.peak
+    return values, peaks
+
+
+def _timed(run: Any, samples: Sequence[Encoded], bench: Bench) -> float:
+    gc.collect()
+    _wait(bench)
+    clock = time.perf_counter()
+    run(samples)
+    _wait(bench)
+    return time.perf_counter() - clock
+
+
+def _wait(bench: Bench) -> None:
+    if bench.model.device.type == "cuda":
+        torch.cuda.synchronize(bench.model.device)
+
+
+def _report(
+    bench: Bench,
+    samples: Sequence[Encoded],
+    seconds: Mapping[str, list[float]],
+    peaks: Mapping[str, int],
+    loads: Mapping[str, float],
+    differences: Mapping[str, float],
+) -> dict[str, Any]:
+    tokens = sum(len(sample) for sample in samples)
+    base = seconds.get("hf_forward")
+    rows = {}
+    for name, times in seconds.items():
+        # Ratios are taken round by round: what slows the machine slows neighbours alike.
+        ratios = [b / t for b, t in zip(base, times, strict=True)] if base else None
+        rows[name] = {
+            "samples_per_second": len(samples) / median(times),
+            "spread": [len(samples) / max(times), len(samples) / min(times)],
+            "tokens_per_second": tokens / median(times),
+            "peak_memory_above_weights_bytes": peaks[name],
+            "ratio_to_hf_forward": median(ratios) if ratios else None,
+            "load_seconds": loads[name],
+            "worst_relative_difference": differences.get(name),
+        }
+    info = bench.model.info
+    return {
+        "machine": machine(bench.model.device),
+        "workload": {
+            "model": info.as_dict(),
+            "samples": len(samples),
+            "tokens": tokens,
+            "batch_size": bench.settings.batch_size,
+            "repeats": bench.settings.repeats,
+        },
+        "versions": results.versions(),
+        "contenders": rows,
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Name and size of what the figures were taken on."""
+    name = platform.processor() or platform.machine()
+    if platform.system() == "Linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    found = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as a table of at most 80 columns."""
+    head = f"{'contender':<17}{'samples/s':>10}{'min':>8}{'max':>8}{'tokens/s':>10}"
+    head += f"{'peak MiB':>10}{'x forward':>11}"
+    lines = [head]
+    for name, row in report["contenders"].items():
+        ratio = row["ratio_to_hf_forward"]
+        low, high = row["spread"]
+        lines.append(
+            f"{name:<17}{row['samples_per_second']:>10.2f}{low:>8.2f}{high:>8.2f}"
+            f"{row['tokens_per_second']:>10,.0f}"
+            f"{row['peak_memory_above_weights_bytes'] / 2**20:>10,.0f}"
+            + (f"{ratio:>11.2f}" if ratio else f"{'':>11}")
+        )
+    return "\n".join(lines)
