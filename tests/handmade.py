@@ -27,9 +27,7 @@ def hooked(n_layers=LAYERS, n_heads=HEADS, d_head=D_HEAD, seed=0, **fields):
         "device": "cpu",
         **fields,
     }
-    config = HookedTransformerConfig(
-        n_layers=n_layers, n_heads=n_heads, d_head=d_head, **settings
-    )
+    config = HookedTransformerConfig(n_layers=n_layers, n_heads=n_heads, d_head=d_head, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         tl = HookedTransformer(config)

@@ -149,6 +149,10 @@ REFUSED = {
     "half a sample": (["collect", "--max_samples", "1.5"], "expected a whole number, found 1.5"),
     "dtype": (["collect", "--dtype", "float32"], "dtype: expected one of bf16, fp16, fp32, found"),
     "a number for a list": (["collect", "--n_options", "4"], "n_options: expected a list such as"),
+    "number or word": (
+        ["collect", "--max_batch_tokens", "many"],
+        "max_batch_tokens: expected one of auto or a whole number, found many",
+    ),
     "not true or false": (
         ["collect", "--self_check", "no?"],
         "self_check: expected true or false, fou",

@@ -86,7 +86,7 @@ def test_gradients_equal_the_stock_ones(tl):
 
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("installed", [True, False])
-@pytest.mark.parametrize("z_everywhere, resid", [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize(("z_everywhere", "resid"), [(False, True), (True, True), (False, False)])
 def test_a_prefix_and_a_tail_change_nothing(tl, left, installed, z_everywhere, resid):
     ids, mask = inputs(left)
     head = torch.randint(3, 97, (1, 9)).expand(3, 9)
@@ -108,13 +108,9 @@ def test_a_prefix_and_a_tail_change_nothing(tl, left, installed, z_everywhere, r
             )
         else:
             assert z.shape[1] == 1
-            torch.testing.assert_close(
-                z[:, 0], truth.z[layer][rows, 9 + last], rtol=0, atol=1e-6
-            )
+            torch.testing.assert_close(z[:, 0], truth.z[layer][rows, 9 + last], rtol=0, atol=1e-6)
     if resid:
-        torch.testing.assert_close(
-            seen.resid[:, 0], truth.resid[rows, 9 + last], rtol=0, atol=1e-5
-        )
+        torch.testing.assert_close(seen.resid[:, 0], truth.resid[rows, 9 + last], rtol=0, atol=1e-5)
     assert len(prefix) == 9
 
 

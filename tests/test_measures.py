@@ -15,8 +15,8 @@ from tl_headnorm.measures import (
 )
 
 
-@pytest.mark.parametrize("d_head, d_model", [(4, 10), (10, 4), (8, 8)])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("d_head", "d_model"), [(4, 10), (10, 4), (8, 8)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_factor_gives_the_norm_of_the_d_model_vector(d_head, d_model, dtype, tolerance):
     torch.manual_seed(0)
     z = torch.randn(2, 5, 3, d_head, dtype=dtype)

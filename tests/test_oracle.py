@@ -68,7 +68,7 @@ def test_the_oracle_catches_slicing_the_output_of_W_O():
     assert hf.compare(np.array(rival, np.float64), theirs)["worst_relative"] > 0.1
 
 
-@pytest.mark.parametrize("dtype, per_sample, of_means", [
+@pytest.mark.parametrize(("dtype", "per_sample", "of_means"), [
     (torch.float32, 1e-4, 1e-4),
     (torch.bfloat16, 2e-2, 2e-3),
 ])  # fmt: skip

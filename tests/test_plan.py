@@ -73,9 +73,7 @@ def test_a_tree_of_prefixes_saves_more_than_the_common_one():
 def test_batches_keep_their_bounds(items, batch_size, most, sort):
     for group in prefix_groups(encoded(items)):
         batches = list(plan_batches(group, batch_size, most, sort=sort))
-        assert sorted(s.index for b in batches for s in b) == sorted(
-            s.index for s in group.samples
-        )
+        assert sorted(s.index for b in batches for s in b) == sorted(s.index for s in group.samples)
         for batch in batches:
             width = max(len(s) for s in batch) - group.prefix_length
             assert len(batch) <= batch_size

@@ -31,7 +31,10 @@ def workload(n_samples: int, vocabulary: int, seed: int) -> list[Encoded]:
     stored = json.loads(WORKLOAD.read_text())
     lengths = stored["lengths"][:n_samples]
     rng = np.random.default_rng(seed)
-    draw = lambda n: tuple(int(i) for i in rng.integers(3, vocabulary, n))  # noqa: E731
+
+    def draw(n: int) -> tuple[int, ...]:
+        return tuple(rng.integers(3, vocabulary, n).tolist())
+
     prefix = draw(stored["prefix"])
     return [Encoded(i, prefix + draw(n - len(prefix))) for i, n in enumerate(lengths)]
 

@@ -5,6 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from tl_headnorm.measures import (
 from tl_headnorm.memory import auto_batch_tokens, halves, is_out_of_memory
 from tl_headnorm.model import Model
 from tl_headnorm.stats import Moments
+from tl_headnorm.store import RowFile
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ def collect(
     settings: Settings | None = None,
     *,
     progress: bool = True,
+    scratch: Path | None = None,
     **overrides: Any,
 ) -> xr.Dataset:
     """Measure every head over a set of questions.
@@ -239,15 +242,21 @@ def collect(
     per-sample `<measure>`, in dataset order, and the run's record in `attrs`.
 
     `head_output_norm` is ||z_h||_2, `head_resid_contrib_norm` is ||z_h W_O^h||_2, taken at the
-    last real token of a prompt or averaged over all its real tokens. What the numbers cannot
-    tell: the direction of a head's contribution, and whether anything downstream reads it.
+    last real token of a prompt or averaged over all its real tokens. Per-sample values go
+    through files in the directory `scratch`, where one is given, instead of memory.
+
+    What the numbers cannot tell: the direction of a head's contribution, and whether anything
+    downstream reads it.
     """
     settings = (settings or Settings()).updated(**overrides)
     started_at, clock = results.now(), time.perf_counter()
     prepared = prepare(model.tokenizer, model.n_ctx, questions, settings)
+    shape = (len(prepared.encoded), model.info.n_layers, model.info.n_heads)
+    files = {n: RowFile(scratch / f".{n}.npy", shape) for n in MEASURES} if scratch else {}
     collected = measure_samples(
         model,
         prepared.encoded,
+        store=files or None,
         batch_size=settings.batch_size,
         max_batch_tokens=settings.max_batch_tokens,
         padding_side=settings.padding_side,
@@ -259,7 +268,8 @@ def collect(
     )
     seconds = time.perf_counter() - clock
     record = _record(model, prepared, settings, started_at, seconds)
-    run = results.build(collected.values, collected.moments, record)
+    values = {name: file.array() for name, file in files.items()} or collected.values
+    run = results.build(values, collected.moments, record)
     results.add_samples(run, questions, prepared.encoded, collected.predicted)
     _warn_missing(run)
     if settings.validate_samples:

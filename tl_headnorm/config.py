@@ -160,6 +160,19 @@ def check_config(path: str | Path, known: Collection[str]) -> None:
 
 
 @dataclass(frozen=True)
+class EvaluateSettings(Settings):
+    """Settings of an evaluation: those of a run, and how answers are scored.
+
+    Args:
+        scoring: letter takes the best next letter, cloze the likeliest option text.
+        template_name: Registered template; auto takes arc_mcq_v1 or, for cloze, cloze.
+    """
+
+    scoring: Literal["letter", "cloze"] = "letter"
+    template_name: str = "auto"
+
+
+@dataclass(frozen=True)
 class BenchSettings:
     """Settings of the bench. Without model_path: random weights of LLaMA 3.2-1B's shape.
 

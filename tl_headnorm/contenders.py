@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,8 @@ def _ours(token_agg: str, without: str | None = None) -> Callable[[Bench], Run]:
     """This package; `without` switches one of its ways off."""
 
     def open_run(bench: Bench) -> Run:
-        model, how, factors = bench.model, {}, None
+        model, factors = bench.model, None
+        how: dict[str, Any] = {}
         if without == "views":
             model = replace(model, tl=deepcopy(copied_model(bench).tl))
             fast.install(model.tl)

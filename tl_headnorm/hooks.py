@@ -124,6 +124,23 @@ def run_z(
     return Pass(z, resid, {name: cache[name] for name in extra if name in cache})
 
 
+def run_resid(
+    tl: Any,
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    *,
+    prefix: Prefix | None = None,
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after the last block; nothing is kept of what leads there."""
+    past = _for_batch(tl, prefix, len(ids)) if prefix else None
+    return tl(ids, attention_mask=mask, past_kv_cache=past, stop_at_layer=tl.cfg.n_layers)
+
+
+def logits(tl: Any, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
+    """Final norm and unembedding of residual vectors."""
+    return tl.unembed(tl.ln_final(resid))
+
+
 def letter_logits(
     tl: Any,
     resid: Float[Tensor, "batch d_model"],

@@ -254,7 +254,8 @@ def _json(path: Path) -> Any:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path) as stored:
+    # np.load would leave the file of a damaged archive open.
+    with path.open("rb") as stream, np.load(stream) as stored:
         return {name: stored[name] for name in stored.files}
 
 

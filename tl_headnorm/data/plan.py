@@ -35,7 +35,8 @@ def prefix_groups(samples: Sequence[Encoded]) -> list[Group]:
         min(common_prefix_length(a.ids, b.ids), len(a) - 1, len(b) - 1)
         for a, b in zip(ordered, ordered[1:])  # noqa: B905, RUF007 (neighbours)
     ]
-    groups, taken = [], set()
+    groups: list[Group] = []
+    taken: set[int] = set()
     for first, last in _best_ranges(gaps):
         members = range(first, last + 2)  # n gaps lie between n + 1 prompts
         taken.update(members)

@@ -1,0 +1,1 @@
+"""Functions that return a Dataset; they never import each other."""
