@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from tl_headnorm.config import BenchSettings, Settings, check_config
+from tl_headnorm.config import BenchSettings, DemoSettings, Settings, check_config
 from tl_headnorm.errors import InputError, first_line, nearest, unknown
 
 _UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments: (-*)([^=\s]+)")
@@ -23,6 +23,13 @@ class Command:
     help: str
     settings: type
     run: Callable[[Any], int]
+
+
+def _demo(settings: DemoSettings) -> int:
+    from tl_headnorm.demo import run_demo
+
+    print(run_demo(settings))
+    return DONE
 
 
 def _collect(settings: Settings) -> int:
@@ -48,6 +55,11 @@ def _bench(settings: BenchSettings) -> int:
 
 
 COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "The main job on the built-in model: needs no weights, no data, no network.",
+        DemoSettings,
+        _demo,
+    ),
     "collect": Command(
         "Measure every head over a dataset and write a run directory.", Settings, _collect
     ),
@@ -71,12 +83,11 @@ def build_parser() -> Any:
         description="What every attention head of a language model does over a dataset.",
         epilog="tl-headnorm COMMAND --help lists the settings of a command.",
         exit_on_error=False,
-        allow_abbrev=False,
+        allow_abbrev=False,  # of commands too: --max_sample is a slip, not --max_samples
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
-        # Without abbreviations: --max_sample is a slip to be told of, not --max_samples.
-        sub = ArgumentParser(description=command.help, exit_on_error=False, allow_abbrev=False)
+        sub = ArgumentParser(description=command.help, exit_on_error=False)
         sub.add_argument("--config", action="config", help="YAML file with settings (same keys).")
         sub.add_class_arguments(command.settings, as_group=False)
         commands.add_subcommand(name, sub, help=command.help)

@@ -160,6 +160,25 @@ def check_config(path: str | Path, known: Collection[str]) -> None:
 
 
 @dataclass(frozen=True)
+class DemoSettings:
+    """Settings of the demo.
+
+    Args:
+        token_agg: last takes the last real token, all the mean over real tokens.
+        device_map: auto (CUDA where there is one), cpu, cuda, cuda:1, mps.
+        validate_samples: Check this many samples against Hugging Face.
+        output_dir: Where the run directory is made.
+        debug: Show the traceback of an error.
+    """
+
+    token_agg: Literal["last", "all"] = "last"
+    device_map: str = "auto"
+    validate_samples: int = 64
+    output_dir: str = "outputs"
+    debug: bool = False
+
+
+@dataclass(frozen=True)
 class EvaluateSettings(Settings):
     """Settings of an evaluation: those of a run, and how answers are scored.
 

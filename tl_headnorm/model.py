@@ -86,7 +86,7 @@ def load_model(
         torch_dtype = resolve_dtype(dtype)
         device = resolve_device(device_map)
         check_dtype(torch_dtype, device)
-        loaded = _load_pretrained(str(source), torch_dtype, trust_remote_code, revision)
+        loaded = _load_pretrained(_builtin(str(source)), torch_dtype, trust_remote_code, revision)
         hf_model = loaded[0].to(device)
         tokenizer = tokenizer if tokenizer is not None else loaded[1]
     hf_model.eval().requires_grad_(False)
@@ -142,6 +142,17 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
             f"dtype: expected one that {device.type} computes, found {name} "
             f"({first_line(error)}); use --dtype bf16 or --dtype fp32"
         ) from None
+
+
+def _builtin(source: str) -> str:
+    """The directory of a model that ships with the package (`builtin:tiny`), else the source."""
+    if not source.startswith("builtin:"):
+        return source
+    if source != "builtin:tiny":
+        raise InputError(f"model_path: expected builtin:tiny, found {source!r}")
+    from tl_headnorm.tiny import model_dir
+
+    return str(model_dir())
 
 
 def _load_pretrained(

@@ -97,6 +97,19 @@ def _multiple_choice(data_dir: str | None, split: str) -> Source:
     return open_split(data_dir, split, hub=None)
 
 
+@register_dataset("builtin:questions")
+def _builtin_questions(data_dir: str | None, split: str) -> Source:
+    """The built-in model's held-out questions (test) and examples for few-shot (train)."""
+    from tl_headnorm.tiny import questions_dir
+
+    if data_dir is not None:
+        raise InputError(
+            f"data_dir: expected none with the dataset builtin:questions, found {data_dir}; "
+            "leave it out or choose another --dataset"
+        )
+    return open_split(str(questions_dir()), split, hub=None)
+
+
 def _text(record: Mapping[str, Any], key: str, where: str = "record") -> str:
     value = record.get(key)
     if not isinstance(value, str):
