@@ -375,15 +375,7 @@ def flags(small, tmp_path):
     return merged
 
 
-WHOLE_LAYER = pytest.param(
-    "nan_in_a_whole_layer",
-    marks=pytest.mark.xfail(
-        strict=True, reason="a layer of nothing but NaN is taken for one whose hook did not fire"
-    ),
-)
-
-
-@pytest.mark.parametrize("name", [*(n for n in CASES if n != "nan_in_a_whole_layer"), WHOLE_LAYER])
+@pytest.mark.parametrize("name", CASES)
 def test_one_clear_line(name, run_cli, flags, tmp_path, llama_dir):
     make, messages = CASES[name]
     result = run_cli("collect", *flags(make(tmp_path, llama_dir)))

@@ -131,7 +131,7 @@ def test_switches_stand_alone():
 
 
 REFUSED = {
-    "no command": ([], "expected a command: collect, validate"),
+    "no command": ([], f"expected a command: {', '.join(COMMANDS)}; see tl-headnorm --help"),
     "unknown command": (["colect"], "unknown command 'colect'; did you mean 'collect'?"),
     "flag first": (["--dtype", "fp32", "collect"], "expected a command before the settings"),
     "unknown flag": (
@@ -177,6 +177,17 @@ def test_bad_usage(name, run_cli, tmp_path, monkeypatch):
     assert (result.code, result.out) == (2, "")
     assert message in result.error_line
     assert untouched(tmp_path)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_refuses_what_it_does_not_know(command, run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("no_such_setting: 1\n")
+    for arguments in (["--no_such_setting", "1"], ["--config", "run.yaml"]):
+        result = run_cli(command, *arguments)
+        assert (result.code, result.out) == (2, "")
+        assert "unknown setting 'no_such_setting'" in result.error_line
+    assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
 
 
 BAD_FILES = {

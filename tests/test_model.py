@@ -132,9 +132,9 @@ def test_unknown_rope_scaling_and_mlp_biases_are_refused():
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
             "original_max_position_embeddings": 24}  # fmt: skip
     with pytest.raises(InputError, match=r"RoPE scaling .* found 'yarn'"):
-        load_model(hf_model=llama(rope_parameters=yarn))
+        load_model(hf_model=llama(rope_parameters=yarn), engine="hooked")
     with pytest.raises(InputError, match="mlp_bias"):
-        load_model(hf_model=llama(mlp_bias=True))
+        load_model(hf_model=llama(mlp_bias=True), engine="hooked")
 
 
 def test_self_check_catches_a_wrong_weight():

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from tl_headnorm.config import BenchSettings, DemoSettings, Settings, check_config
+from tl_headnorm.config import BenchSettings, DemoSettings, EvaluateSettings, Settings, check_config
+from tl_headnorm.config_attribute import AttributeSettings
+from tl_headnorm.config_studies import AblateSettings, MassiveSettings
 from tl_headnorm.errors import InputError, first_line, nearest, unknown
 
 _UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments: (-*)([^=\s]+)")
@@ -23,6 +25,12 @@ class Command:
     help: str
     settings: type
     run: Callable[[Any], int]
+    skip: tuple[str, ...] = ()  # inherited settings that would do nothing here
+
+    @property
+    def names(self) -> list[str]:
+        """Its settings' names."""
+        return [f.name for f in fields(self.settings) if f.name not in self.skip]
 
 
 def _demo(settings: DemoSettings) -> int:
@@ -47,6 +55,13 @@ def _validate(settings: Settings) -> int:
     return DONE if passed else CHECK_FAILED
 
 
+def _evaluate(settings: EvaluateSettings) -> int:
+    from tl_headnorm.jobs import run_evaluate
+
+    print(run_evaluate(settings))
+    return DONE
+
+
 def _bench(settings: BenchSettings) -> int:
     from tl_headnorm.jobs import bench
 
@@ -54,6 +69,29 @@ def _bench(settings: BenchSettings) -> int:
     return DONE
 
 
+def _ablate(settings: AblateSettings) -> int:
+    from tl_headnorm.jobs_studies import run_ablate
+
+    print(run_ablate(settings))
+    return DONE
+
+
+def _massive(settings: MassiveSettings) -> int:
+    from tl_headnorm.jobs_studies import run_massive
+
+    print(run_massive(settings))
+    return DONE
+
+
+# Settings of a run that do nothing in a study of many runs.
+def _attribute(settings: AttributeSettings) -> int:
+    from tl_headnorm.jobs_attribute import run_attribute
+
+    print(run_attribute(settings))
+    return DONE
+
+
+_NOT_IN_STUDIES = ("per_sample", "score_answers", "validate_samples")
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "The main job on the built-in model: needs no weights, no data, no network.",
@@ -65,6 +103,31 @@ COMMANDS: dict[str, Command] = {
     ),
     "validate": Command(
         "Compare the same numbers with Hugging Face's own forward.", Settings, _validate
+    ),
+    "evaluate": Command(
+        "Accuracy by answer letter, or by the likelihood of each option's text.",
+        EvaluateSettings,
+        _evaluate,
+        skip=("token_agg", "exclude_first_token", "per_sample", "score_answers",
+              "validate_samples"),
+    ),
+    "ablate": Command(
+        "Remove heads or MLPs and measure answers, loss and perplexity.",
+        AblateSettings,
+        _ablate,
+        skip=_NOT_IN_STUDIES,
+    ),
+    "massive": Command(
+        "Find massive activations, who makes them, and what they are for.",
+        MassiveSettings,
+        _massive,
+        skip=(*_NOT_IN_STUDIES, "token_agg", "exclude_first_token"),
+    ),
+    "attribute": Command(
+        "Score every head's share in the answers, and check the scores by pruning.",
+        AttributeSettings,
+        _attribute,
+        skip=(*_NOT_IN_STUDIES, "token_agg", "exclude_first_token"),
     ),
     "bench": Command(
         "Time the same prompts through Hugging Face, TransformerLens and this package.",
@@ -89,7 +152,7 @@ def build_parser() -> Any:
     for name, command in COMMANDS.items():
         sub = ArgumentParser(description=command.help, exit_on_error=False)
         sub.add_argument("--config", action="config", help="YAML file with settings (same keys).")
-        sub.add_class_arguments(command.settings, as_group=False)
+        sub.add_class_arguments(command.settings, as_group=False, skip=set(command.skip))
         commands.add_subcommand(name, sub, help=command.help)
     return parser
 
@@ -155,13 +218,13 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
 
 
 def _names(command: str) -> list[str]:
-    return [field.name for field in fields(COMMANDS[command].settings)]
+    return COMMANDS[command].names
 
 
 def _refuse_null(command: str, values: dict[str, Any]) -> None:
     """jsonargparse lets YAML's null pass for any type."""
     for field in fields(COMMANDS[command].settings):
-        if values[field.name] is None and type(None) not in get_args(field.type):
+        if values.get(field.name, ...) is None and type(None) not in get_args(field.type):
             raise InputError(
                 f"{field.name}: expected a value, found null; give one or leave the key out"
             )

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_headnorm import hooks, results
+from tl_headnorm import hf, hooks, results
 from tl_headnorm.config import Settings
 from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.plan import Group, plan_batches, prefix_groups
@@ -52,15 +52,26 @@ class How:
 
 @dataclass
 class Collected:
-    """Per-sample values [sample, layer, head] and moments by measure; predictions by sample."""
+    """Per-sample values [sample, layer, head] and moments by measure; predictions by sample.
 
-    values: Mapping[str, np.ndarray]
+    The values are arrays, or the store they were written to.
+    """
+
+    values: Mapping[str, Any]
     moments: dict[str, Moments]
     predicted: Int[np.ndarray, " sample"]
 
 
 Factors = Mapping[int, Tensor]
-BatchValues = dict[str, Float[np.ndarray, "batch layer head"]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one batch gave: values by measure, each prompt's option, layers that did not fire."""
+
+    values: dict[str, Float[np.ndarray, "batch layer head"]]
+    predicted: Int[np.ndarray, " batch"]
+    missing: tuple[int, ...]
 
 
 def factors_of(model: Model) -> dict[int, Float[Tensor, "head k d_head"]]:
@@ -89,7 +100,7 @@ class Measurer:
             for name, measure in MEASURES.items()
         }
 
-    def __call__(self, batch: Batch) -> tuple[BatchValues, Int[np.ndarray, " batch"]]:
+    def __call__(self, batch: Batch) -> Found:
         """Every measure of every head for one batch, and each prompt's predicted option.
 
         A layer whose hook did not fire is NaN. Only [batch, layer, head] numbers leave the device.
@@ -99,13 +110,14 @@ class Measurer:
         tail = Tail(last_real_position(mask), how.token_agg == "all", how.score)
         seen = hooks.run_z(model.tl, ids, mask, prefix=self.prefix, tail=tail)
         columns: dict[str, list[Tensor]] = {name: [] for name in MEASURES}
+        missing = tuple(i for i in range(model.info.n_layers) if i not in seen.z)
         for layer in range(model.info.n_layers):
             z = seen.z.pop(layer, None)
             for name in MEASURES:
                 columns[name].append(self._of_layer(name, layer, z, mask))
         values = {n: torch.stack(c, dim=1).double().cpu().numpy() for n, c in columns.items()}
         guesses = _predict(model, batch, seen.resid[:, 0]) if how.score else None
-        return values, np.full(len(batch), -1) if guesses is None else guesses
+        return Found(values, np.full(len(batch), -1) if guesses is None else guesses, missing)
 
     def _of_layer(self, name: str, layer: int, z: Tensor | None, mask: Tensor) -> Tensor:
         """One measure of one layer, [batch, head]."""
@@ -129,10 +141,14 @@ def _predict(
 ) -> Int[np.ndarray, " batch"]:
     """Position of the option whose letter has the largest next-token logit."""
     width = max(len(sample.letter_ids) for sample in batch.samples)
-    # Rows with fewer options repeat their first letter: a tie that argmax never prefers.
+    # Rows with fewer options repeat their first letter, which is then left out by position: the
+    # repeats' logits may differ from the first one's by a rounding, and argmax would take them.
     padded = [s.letter_ids + s.letter_ids[:1] * (width - len(s.letter_ids)) for s in batch.samples]
     letter_ids = torch.tensor(padded, device=model.device)
-    return hooks.letter_logits(model.tl, resid, letter_ids).argmax(dim=1).cpu().numpy()
+    counts = torch.tensor([len(s.letter_ids) for s in batch.samples], device=model.device)
+    beyond = torch.arange(width, device=model.device) >= counts[:, None]
+    logits = hooks.letter_logits(model.tl, resid, letter_ids).masked_fill(beyond, -torch.inf)
+    return logits.argmax(dim=1).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -160,24 +176,26 @@ def measure_samples(
     factors = factors or factors_of(model)
     row_of = {sample.index: row for row, sample in enumerate(samples)}
     with _Progress(len(samples), progress) as bar:
-        for batch, found, predicted in _batches(model, samples, factors, options):
+        for batch, found in _batches(model, samples, factors, options):
             rows = [row_of[sample.index] for sample in batch.samples]
-            for name, value in found.items():
-                _check_finite(name, value, [names[r] if names else str(r) for r in rows])
+            for name, value in found.values.items():
+                labels = [names[r] if names else str(r) for r in rows]
+                _check_finite(name, value, labels, found.missing)
                 out.values[name][rows] = value
                 out.moments[name].update(value)
-            out.predicted[rows] = predicted
+            out.predicted[rows] = found.predicted
             bar.step(batch)
     return out
 
 
 def _batches(
     model: Model, samples: Sequence[Encoded], factors: Factors, how: How
-) -> Iterator[tuple[Batch, BatchValues, np.ndarray]]:
+) -> Iterator[tuple[Batch, Found]]:
     """Every prompt exactly once; a batch that does not fit in memory is halved and run again."""
     bound = how.max_batch_tokens
     most = auto_batch_tokens(model) if bound == "auto" else int(bound)
-    groups = prefix_groups(samples) if how.share_prefix else [Group(tuple(samples), 0)]
+    shared = how.share_prefix and hooks.can_share_prefix(model.tl)
+    groups = prefix_groups(samples) if shared else [Group(tuple(samples), 0)]
     for group in groups:
         measurer = Measurer(model, factors, how, group.prefix)
         pending = deque(plan_batches(group, how.batch_size, most, sort=how.sort))
@@ -185,13 +203,13 @@ def _batches(
             chosen = pending.popleft()
             batch = make_batch(chosen, how.padding_side, skip=group.prefix_length)
             try:
-                found, predicted = measurer(batch)
+                found = measurer(batch)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 pending.extendleft(reversed(halves(chosen, error)))
                 continue
-            yield batch, found, predicted
+            yield batch, found
 
 
 class _Progress:
@@ -214,10 +232,12 @@ class _Progress:
         self.bar.update(len(batch))
 
 
-def _check_finite(name: str, value: np.ndarray, names: Sequence[str]) -> None:
-    """NaN of a whole layer means its hook did not fire; anything else not finite is an error."""
-    bad = ~np.isfinite(value) & ~np.isnan(value).all(axis=(0, 2), keepdims=True)
-    bad |= np.isinf(value)
+def _check_finite(
+    name: str, value: np.ndarray, names: Sequence[str], missing: Sequence[int]
+) -> None:
+    """NaN stands for a layer whose hook did not fire; anywhere else it is an error."""
+    bad = ~np.isfinite(value)
+    bad[:, list(missing)] = False
     if bad.any():
         row, layer, head = np.argwhere(bad)[0]
         raise InputError(
@@ -273,9 +293,7 @@ def collect(
     results.add_samples(run, questions, prepared.encoded, collected.predicted)
     _warn_missing(run)
     if settings.validate_samples:
-        from tl_headnorm.hf import validate
-
-        checked = validate(model, questions, settings, limit=settings.validate_samples, run=run)
+        checked = hf.validate(model, run, prepared.encoded, settings, settings.validate_samples)
         run.attrs["validated_against_hf"] = checked["worst_relative"]
     run.attrs["finished_at"] = results.now()
     return run

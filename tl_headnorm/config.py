@@ -14,9 +14,10 @@ class Settings:
 
     Args:
         model_path: Hub id or directory in Hugging Face format.
-        engine: How TransformerLens runs the model; auto takes HookedTransformer.
+        adapter_path: PEFT adapter (directory or hub id) merged into the weights.
+        engine: hooked (HookedTransformer), bridge (TransformerBridge), auto takes what fits.
         dtype: Data type of the weights and of the forward pass.
-        device_map: auto (CUDA where there is one), cpu, cuda, cuda:1, mps.
+        device_map: auto (CUDA if there), cpu, cuda, cuda:1, mps; balanced, sequential: several.
         dataset: Registered dataset name.
         data_dir: File or directory with the questions; null looks in the cache or on the hub.
         split: Part of the dataset: test, validation (dev) or train.
@@ -24,6 +25,7 @@ class Settings:
         n_options: Numbers of options a question may have; others are skipped and counted.
         template_name: Registered prompt template.
         template: Jinja2 template, inline or a file; overrides template_name.
+        chat: Put the prompt into the tokenizer's chat template, up to where the answer starts.
         few_shot: Solved examples put before every question, from the train or dev split.
         token_agg: last takes the last real token, all the mean over real tokens.
         exclude_first_token: Leave the first token (attention sink) out of the mean (all only).
@@ -45,7 +47,8 @@ class Settings:
     """
 
     model_path: str = "meta-llama/Llama-3.2-1B"
-    engine: Literal["auto", "hooked"] = "auto"
+    adapter_path: Optional[str] = None
+    engine: Literal["auto", "hooked", "bridge"] = "auto"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     device_map: str = "auto"
     dataset: str = "arc_challenge"
@@ -55,6 +58,7 @@ class Settings:
     n_options: tuple[int, ...] = (4, 5)
     template_name: str = "arc_mcq_v1"
     template: Optional[str] = None
+    chat: bool = False
     few_shot: int = 0
     token_agg: Literal["last", "all"] = "last"
     exclude_first_token: bool = False

@@ -4,9 +4,9 @@ Nothing of `hooks` or `measures` is used here: z is what o_proj receives, the co
 formed as d_model vectors, and the last position is found another way.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,8 @@ from tqdm.auto import tqdm
 
 from tl_headnorm.config import Settings
 from tl_headnorm.data.batches import Batch, batches_in_order
-from tl_headnorm.data.prepare import prepare
-from tl_headnorm.data.questions import Question
 from tl_headnorm.data.tokens import Encoded
+from tl_headnorm.errors import InputError
 from tl_headnorm.stats import Moments
 
 # Largest accepted relative difference: (per sample, of the means).
@@ -33,11 +32,29 @@ TOLERANCE = {
 NAMES = ("head_output_norm", "head_resid_contrib_norm")
 
 
+# Where a family keeps its layers, and in each the module whose input is z.
+PLACES = {
+    "GPT2LMHeadModel": ("transformer.h", "attn.c_proj"),
+    "GPTNeoXForCausalLM": ("gpt_neox.layers", "attention.dense"),
+}
+USUAL_PLACE = ("model.layers", "self_attn.o_proj")
+
+
 def output_projections(hf_model: Any) -> list[tuple[nn.Module, Tensor]]:
-    """Per layer the module whose input is z, and its weight as [d_model, n_heads * d_head]."""
-    return [
-        (block.self_attn.o_proj, block.self_attn.o_proj.weight) for block in hf_model.model.layers
-    ]
+    """Per layer the module whose input is z, and its weight as [d_model, n_heads * d_head].
+
+    Raises InputError for a model that keeps it where none of the known families does.
+    """
+    layers, output = PLACES.get(type(hf_model).__name__, USUAL_PLACE)
+    try:
+        modules = [block.get_submodule(output) for block in hf_model.get_submodule(layers)]
+    except AttributeError:
+        raise InputError(
+            f"validate: expected the output projections of {type(hf_model).__name__} at "
+            f"{layers}.*.{output}, found nothing there; use --validate_samples 0"
+        ) from None
+    # GPT-2's Conv1D holds [in, out], torch's Linear [out, in].
+    return [(m, m.weight.T if type(m).__name__ == "Conv1D" else m.weight) for m in modules]
 
 
 @contextmanager
@@ -77,7 +94,7 @@ def batch_norms(
     hf_model: Any, batch: Batch, *, token_agg: str = "last", exclude_first_token: bool = False
 ) -> dict[str, Float[np.ndarray, "batch layer head"]]:
     """Both norms of every head for one batch, by Hugging Face alone."""
-    n_heads = hf_model.config.num_attention_heads
+    n_heads = hf_model.config.get_text_config().num_attention_heads
     ids, mask = batch.ids.to(hf_model.device), batch.mask.to(hf_model.device)
     real = mask.bool()
     weights = [weight for _, weight in output_projections(hf_model)]
@@ -96,7 +113,7 @@ def batch_norms(
                 for norm in pair
             ]
         for name, value in zip(NAMES, values, strict=True):
-            found[name].append(value)
+            found[name].append(value.to(ids.device))
 
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     with reading_z(hf_model, take):
@@ -152,26 +169,20 @@ def compare(
 
 def validate(
     model: Any,
-    questions: Sequence[Question],
+    run: xr.Dataset,
+    encoded: Sequence[Encoded],
     settings: Settings,
-    *,
     limit: int = -1,
-    run: xr.Dataset | None = None,
+    *,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Compare a run with Hugging Face on its first `limit` samples (-1: all).
 
-    `run` is the Dataset to check; without it the samples are measured first. Returns, per
-    measure, the worst differences per sample and of mean and std, each with its place, and
-    `passed` against the tolerance of the dtype.
+    `encoded` are the prompts of the run, in its order. Returns, per measure, the worst
+    differences per sample and of mean and std, each with its place, and `passed` against the
+    tolerance of the dtype.
     """
-    from tl_headnorm.collecting import collect
-
-    if run is None or NAMES[0] not in run:
-        plain = replace(settings, validate_samples=0)
-        run = collect(model, questions, plain, progress=progress)
-    prepared = prepare(model.tokenizer, model.n_ctx, questions, settings)
-    chosen = prepared.encoded if limit < 0 else prepared.encoded[:limit]
+    chosen = encoded if limit < 0 else encoded[:limit]
     reference = measure_samples(
         model.hf,
         chosen,
@@ -226,3 +237,18 @@ def describe(report: dict[str, Any]) -> str:
             )
     lines.append("passed" if report["passed"] else "FAILED: beyond the tolerance")
     return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`python -m tl_headnorm.hf --table` prints the table of families and engines."""
+    if list(arguments) != ["--table"]:
+        print("expected: python -m tl_headnorm.hf --table", file=sys.stderr)
+        return 2
+    from tl_headnorm.agreement import measure, table
+
+    print(table(measure()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

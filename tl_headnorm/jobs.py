@@ -2,15 +2,17 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from tl_headnorm import results
 from tl_headnorm.collecting import collect
-from tl_headnorm.config import BenchSettings, Settings
+from tl_headnorm.config import BenchSettings, EvaluateSettings, Settings
+from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import Questions, load_questions
 from tl_headnorm.data.templates import get_template
 from tl_headnorm.figures import save_heatmap
-from tl_headnorm.files import write_json
+from tl_headnorm.files import write_json, write_with
 from tl_headnorm.hf import describe, validate
 from tl_headnorm.measures import MEASURES
 from tl_headnorm.model import Model, load_model
@@ -34,7 +36,8 @@ def _quiet() -> None:
 def _open(settings: Settings) -> tuple[Model, Questions]:
     """Questions first: they fail fast, a model is slow to load."""
     _quiet()
-    get_template(settings.template_name, settings.template)
+    if settings.template_name != "auto":
+        get_template(settings.template_name, settings.template)
     questions = load_questions(
         settings.dataset,
         settings.data_dir,
@@ -50,6 +53,7 @@ def _open(settings: Settings) -> tuple[Model, Questions]:
         device_map=settings.device_map,
         self_check=settings.self_check,
         trust_remote_code=settings.trust_remote_code,
+        adapter_path=settings.adapter_path,
     )
     return model, questions
 
@@ -59,18 +63,16 @@ def run_collect(settings: Settings) -> Path:
     path = results.new_run_dir(settings.output_dir, settings.experiment_name)
     try:
         model, questions = _open(settings)
-        run = collect(model, questions, settings)
-        if settings.validate_samples and run.attrs["validated_against_hf"] is None:
-            checked = validate(model, questions, settings, limit=settings.validate_samples, run=run)
-            run.attrs["validated_against_hf"] = checked["worst_relative"]
-            run.attrs["finished_at"] = results.now()
+        run = collect(model, questions, settings, scratch=path)
         if not settings.per_sample:
             run = run.drop_vars([name for name in MEASURES if name in run])
         results.save_arrays(run, path)
         for name in MEASURES:
             save_heatmap(run[f"{name}_mean"], path / f"{name}_heatmap")
+        results.remove_scratch(path)
         results.finish(run, path)
     except BaseException:
+        results.remove_scratch(path)
         results.remove_if_empty(path)
         raise
     meta = run.attrs
@@ -92,11 +94,15 @@ def run_validate(settings: Settings) -> tuple[Path, bool]:
     try:
         model, questions = _open(settings)
         limit = settings.validate_samples or -1
-        report = validate(model, questions[:limit] if limit > 0 else questions, settings,
-                          limit=limit, progress=True)  # fmt: skip
+        chosen = questions if limit < 0 else questions[:limit]
+        plain = replace(settings, validate_samples=0)
+        run = collect(model, chosen, plain)
+        encoded = prepare(model.tokenizer, model.n_ctx, chosen, plain).encoded
+        report = validate(model, run, encoded, plain, progress=True)
         write_json(path / "config.json", settings.as_dict())
         write_json(path / "validation.json", report)
     except BaseException:
+        results.remove_scratch(path)
         results.remove_if_empty(path)
         raise
     say(describe(report))
@@ -115,7 +121,30 @@ def bench(settings: BenchSettings) -> Path:
         write_json(path / "bench.json", report)
         save_bars(report, path / "bench")
     except BaseException:
+        results.remove_scratch(path)
         results.remove_if_empty(path)
         raise
     say(table(report))
+    return path
+
+
+def run_evaluate(settings: EvaluateSettings) -> Path:
+    """Score the answers, write evaluation.json and samples.parquet; the directory."""
+    from tl_headnorm.studies.evaluate import evaluate
+
+    path = results.new_run_dir(settings.output_dir, f"{settings.experiment_name}_evaluation")
+    try:
+        model, questions = _open(settings)
+        result = evaluate(model, questions, settings)
+        write_json(path / "config.json", settings.as_dict())
+        table = result.to_dataframe().reset_index(drop=True)
+        write_with(path / "samples.parquet", lambda f: table.to_parquet(f, index=False))
+        write_json(path / "evaluation.json", result.attrs)
+    except BaseException:
+        results.remove_if_empty(path)
+        raise
+    found = ", ".join(
+        f"{key} {result.attrs[key]:.3f}" for key in ("acc", "acc_norm") if key in result.attrs
+    )
+    say(f"{settings.scoring} scoring, {result.attrs['num_processed']:,} questions: {found}")
     return path

@@ -285,3 +285,9 @@ def remove_if_empty(path: Path) -> None:
         path.rmdir()
     except OSError:
         return
+
+
+def remove_scratch(path: Path) -> None:
+    """Delete the files through which per-sample values went."""
+    for name in MEASURES:
+        (path / f".{name}.npy").unlink(missing_ok=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_headnorm.config import Settings
+from tl_headnorm.data.chat import as_chat, chat_template_sha256, check_whole
 from tl_headnorm.data.questions import Question, Questions, load_questions
 from tl_headnorm.data.templates import Sample, Template, build_samples, get_template
 from tl_headnorm.data.tokens import (
@@ -39,6 +40,8 @@ def prepare(
     samples = build_samples(
         questions, template, examples=examples, few_shot=settings.few_shot, seed=settings.seed
     )
+    if settings.chat:
+        samples = as_chat(samples, tokenizer)
     bare = token_ids(tokenizer, [template.render(_bare(questions[0]))])[0]
     head = bos_id(tokenizer, settings.prepend_bos)
     check_template_fits(len(head) + len(bare), settings.max_length, n_ctx, template.name)
@@ -49,7 +52,11 @@ def prepare(
         max_length=settings.max_length,
         score=settings.score_answers,
     )
-    return Prepared(samples, encoded, _record(questions, template, tokenizer, encoded, head))
+    record = _record(questions, template, tokenizer, encoded, head)
+    if settings.chat:
+        check_whole(samples, encoded)
+        record["template"]["chat_sha256"] = chat_template_sha256(tokenizer)
+    return Prepared(samples, encoded, record)
 
 
 def _bare(question: Question) -> Question:

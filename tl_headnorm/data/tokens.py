@@ -27,6 +27,13 @@ class Encoded:
         return len(self.ids)
 
 
+class ChatText(str):
+    """Text in which a special token's spelling is that token, also after something is added."""
+
+    def __add__(self, more: str) -> "ChatText":
+        return ChatText(str(self) + more)
+
+
 def bos_id(tokenizer: Any, prepend_bos: bool) -> list[int]:
     """[BOS] or [] where none is wanted or the tokenizer has none."""
     if not prepend_bos or tokenizer.bos_token_id is None:
@@ -38,8 +45,9 @@ def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Ids of plain text: nothing added, and text that spells a special token stays text."""
     if not texts:
         return []
+    plain = not isinstance(texts[0], ChatText)
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        [str(t) for t in texts], add_special_tokens=False, split_special_tokens=plain, verbose=False
     )
     return [list(ids) for ids in encoded["input_ids"]]
 

@@ -17,6 +17,7 @@ from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import Question
 from tl_headnorm.data.templates import get_template
 from tl_headnorm.data.tokens import Encoded, bos_id, common_prefix_length, token_ids
+from tl_headnorm.errors import InputError
 from tl_headnorm.model import Model
 
 
@@ -126,6 +127,11 @@ def evaluate(
         }
         template = get_template(chosen.template_name, chosen.template)
     else:
+        if settings.chat:
+            raise InputError(
+                "chat: expected scoring letter, found cloze, which continues a text; use "
+                "--scoring letter or --chat false"
+            )
         template = get_template("cloze" if name == "auto" else name, settings.template)
         scores = score_cloze(
             model,

@@ -1,0 +1,77 @@
+"""The bench: its file, its agreement check, and our ways to be fast as counts of work."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tl_headnorm import bench
+from tl_headnorm.contenders import CONTENDERS
+from tl_headnorm.data.plan import plan_batches, prefix_groups
+from tl_headnorm.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformer_lens")
+
+
+def test_the_default_workload_is_arc_challenge():
+    samples = bench.workload(10_000, 128_256, seed=0)
+    assert len(samples) == 1168
+    lengths = [len(sample) for sample in samples]
+    assert (min(lengths), max(lengths)) == (80, 247)
+    assert np.mean(lengths) == pytest.approx(119.8, abs=0.05)
+    assert len({sample.ids[:49] for sample in samples}) == 1
+    assert len({sample.ids[:50] for sample in samples}) > 100
+
+
+def test_prefix_and_sorting_halve_the_positions():
+    """The designed saving, as a count: no clock."""
+    samples = bench.workload(1168, 128_256, seed=0)
+    padded = sum(
+        max(len(s) for s in samples[i : i + 8]) * len(samples[i : i + 8])
+        for i in range(0, len(samples), 8)
+    )
+    ours = 0
+    for group in prefix_groups(samples):
+        ours += group.prefix_length
+        for batch in plan_batches(group, 8, 10**9):
+            ours += len(batch) * (max(map(len, batch)) - group.prefix_length)
+    assert padded / ours > 2.1
+
+
+def test_bench_writes_what_it_promises(run_cli, tmp_path):
+    names = [n for n in CONTENDERS if n != "nnsight"]
+    result = run_cli(
+        "bench", "--model_path", "builtin:tiny", "--dtype", "fp32", "--samples", "12",
+        "--repeats", "2", "--dataset", "builtin:questions", "--output_dir", tmp_path,
+        "--contenders", json.dumps(names),
+    )  # fmt: skip
+    assert result.code == 0
+    path = tmp_path / result.out.splitlines()[-1]
+    report = json.loads((path / "bench.json").read_text())
+    assert set(report) >= {"machine", "workload", "contenders"}
+    assert set(report["contenders"]) == set(names)
+    for name, row in report["contenders"].items():
+        low, high = row["spread"]
+        assert low <= row["samples_per_second"] <= high
+        assert row["tokens_per_second"] > row["samples_per_second"]
+        assert row["load_seconds"] > 0
+        assert row["ratio_to_hf_forward"] > 0
+        if name != "hf_forward":
+            assert row["worst_relative_difference"] < 1e-4
+    assert report["contenders"]["hf_forward"]["ratio_to_hf_forward"] == 1
+    assert (path / "bench.png").stat().st_size > 10_000
+
+
+def test_a_contender_that_disagrees_is_an_error():
+    rng = np.random.default_rng(0)
+    truth = {"head_output_norm last": rng.random((3, 2, 4)) + 1}
+    wrong = {"head_output_norm last": truth["head_output_norm last"] * 1.01}
+    assert bench.check_agreement({"hf_hooks": truth, "ours_last": truth}, "fp32")
+    with pytest.raises(InputError, match="expected ours_last to agree"):
+        bench.check_agreement({"hf_hooks": truth, "ours_last": wrong}, "fp32")
+
+
+def test_unknown_contenders_are_named(run_cli, tmp_path):
+    result = run_cli("bench", "--contenders", '["our_last"]', "--output_dir", tmp_path)
+    assert result.code == 2
+    assert "did you mean 'ours_last'" in result.err

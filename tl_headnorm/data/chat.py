@@ -1,0 +1,58 @@
+"""Prompts as an instruct model expects them: one user turn, up to where the answer starts."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tl_headnorm.data.templates import Sample
+from tl_headnorm.data.tokens import ChatText, Encoded
+from tl_headnorm.errors import InputError, first_line
+
+
+def chat_template_sha256(tokenizer: Any) -> str:
+    """Which chat template a run used."""
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def as_chat(samples: Sequence[Sample], tokenizer: Any) -> list[Sample]:
+    """Every prompt as the user's turn of a conversation, with the header of the answer.
+
+    The conversation's own markers become special tokens; BOS is left out here, where encode puts
+    it. Raises InputError for a tokenizer without a chat template, and for a prompt that spells
+    one of its special tokens: it could not be told from a marker.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            "chat: expected a tokenizer with a chat template, found none; use --chat false, or "
+            "an instruct model"
+        )
+    return [replace(s, prompt_text=_conversation(s, tokenizer)) for s in samples]
+
+
+def _conversation(sample: Sample, tokenizer: Any) -> ChatText:
+    spelled = [token for token in tokenizer.all_special_tokens if token in sample.prompt_text]
+    if spelled:
+        raise InputError(
+            f"chat: expected prompts without special tokens, found {spelled[0]!r} in sample "
+            f"{sample.meta.get('id')}; change that question, or use --chat false"
+        )
+    turn = [{"role": "user", "content": sample.prompt_text}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template can raise anything at all
+        raise InputError(
+            f"chat: expected a chat template that takes one user turn, found one that says: "
+            f"{first_line(error)}"
+        ) from error
+    return ChatText(text.removeprefix(tokenizer.bos_token or ""))
+
+
+def check_whole(samples: Sequence[Sample], encoded: Sequence[Encoded]) -> None:
+    """Refuse a conversation that was cut: it would begin without its header."""
+    for sample, tokens in zip(samples, encoded, strict=True):
+        if tokens.truncated:
+            raise InputError(
+                f"chat: expected prompts that fit into max_length, found a longer one, sample "
+                f"{sample.meta.get('id')}; raise --max_length"
+            )

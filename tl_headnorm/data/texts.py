@@ -1,0 +1,85 @@
+"""Plain text: a file, or a JSONL of texts, as windows of tokens."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tl_headnorm.data.tokens import Encoded, bos_id, token_ids
+from tl_headnorm.errors import InputError, first_line
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of a file and where they came from; `whole` where one text is to be cut in windows."""
+
+    items: tuple[str, ...]
+    whole: bool
+    path: str
+    sha256: str
+
+
+def read_texts(path: str | Path) -> Texts:
+    """One running text, or for .jsonl one text per line: a string or an object with `text`."""
+    where = Path(path).expanduser()
+    try:
+        data = where.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"texts: expected a UTF-8 text file or a .jsonl of texts, found {path} "
+            f"({first_line(error)}); check the path"
+        ) from None
+    lines = where.suffix == ".jsonl"
+    items = _lines(text, where) if lines else (text,)
+    if not any(item.strip() for item in items):
+        raise InputError(f"texts: expected text in {path}, found none")
+    return Texts(items, not lines, str(where), hashlib.sha256(data).hexdigest())
+
+
+def _lines(text: str, where: Path) -> tuple[str, ...]:
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{where}, line {number}: expected JSON, found a fault ({first_line(error)})"
+            ) from None
+        item = record.get("text") if isinstance(record, dict) else record
+        if not isinstance(item, str):
+            raise InputError(
+                f"{where}, line {number}: expected a text or an object with 'text', found "
+                f"{type(item).__name__}"
+            )
+        found.append(item)
+    return tuple(found)
+
+
+def windows(
+    texts: Texts, tokenizer: Any, *, length: int, most: int, prepend_bos: bool = True
+) -> list[Encoded]:
+    """At most `most` windows of `length` tokens, BOS counted; a JSONL gives one per line.
+
+    The windows of a running text do not overlap; a last one of fewer than half the tokens is
+    left out, because its tokens would be predicted from less than the others.
+    """
+    head = bos_id(tokenizer, prepend_bos)
+    room = length - len(head)
+    if room < 2:
+        raise InputError(f"text_length: expected 3 or more, found {length}")
+    kept = texts.items if texts.whole else [t for t in texts.items if t.strip()][:most]
+    tokens = token_ids(tokenizer, kept)
+    if texts.whole:
+        starts = range(0, len(tokens[0]), room)[:most]
+        rows = [tokens[0][start : start + room] for start in starts]
+        rows = [row for row in rows if len(row) >= room / 2] or rows[:1]
+    else:
+        rows = [row[:room] for row in tokens]
+    rows = [row for row in rows if len(head) + len(row) > 1]
+    if not rows:
+        raise InputError(f"texts: expected at least two tokens in {texts.path}, found fewer")
+    return [Encoded(i, tuple(head + row)) for i, row in enumerate(rows)]
