@@ -75,3 +75,37 @@ def test_unknown_contenders_are_named(run_cli, tmp_path):
     result = run_cli("bench", "--contenders", '["our_last"]', "--output_dir", tmp_path)
     assert result.code == 2
     assert "did you mean 'ours_last'" in result.err
+
+
+def test_resident_memory_does_not_grow_with_the_number_of_samples(tmp_path):
+    """Per-sample values stream to disk: four times the samples, the same memory."""
+    import gc
+
+    from handmade import llama
+
+    from tl_headnorm import load_model
+    from tl_headnorm.collecting import measure_samples
+    from tl_headnorm.data.tokens import Encoded
+    from tl_headnorm.store import RowFile
+
+    model = load_model(hf_model=llama(num_hidden_layers=8, num_attention_heads=42, head_dim=4))
+    shape = (model.info.n_layers, model.info.n_heads)
+    tokens = tuple(range(3, 15))
+
+    def grown(n):
+        prompts = [Encoded(i, tokens) for i in range(n)]
+        store = {
+            name: RowFile(tmp_path / f"{name}{n}.npy", (n, *shape))
+            for name in ("head_output_norm", "head_resid_contrib_norm")
+        }
+        gc.collect()
+        with bench.PeakMemory(model.device) as memory:
+            measure_samples(model, prompts, batch_size=64, store=store)
+        for file in store.values():
+            file.close()
+        return memory.peak
+
+    grown(1000)
+    few, many = grown(1000), grown(4000)
+    kept = 2 * 4 * 3000 * shape[0] * shape[1]  # what 3,000 more samples hold where they are kept
+    assert many - few < 0.5 * kept

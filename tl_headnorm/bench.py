@@ -26,6 +26,10 @@ from tl_headnorm.hf import TOLERANCE, compare
 WORKLOAD = Path(__file__).parent / "workloads" / "arc_challenge_llama3.json"
 
 
+# Prompts on which the contenders must agree, and warm up, before they are timed: in batches.
+COMPARED_BATCHES = 4
+
+
 def workload(n_samples: int, vocabulary: int, seed: int) -> list[Encoded]:
     """Random tokens with the lengths and the shared prefix of ARC-Challenge's real prompts."""
     stored = json.loads(WORKLOAD.read_text())
@@ -121,32 +125,22 @@ def run_bench(settings: BenchSettings) -> dict[str, Any]:
         clock = time.perf_counter()
         runs[name] = CONTENDERS[name].open(bench)
         loads[name] = time.perf_counter() - clock + bench.hf_load_seconds
-    first, peaks = _first_round(runs, bench, samples)
+    few = samples[: COMPARED_BATCHES * settings.batch_size]
+    first = {name: run(few) for name, run in tqdm(runs.items(), unit="run", desc="compare")}
     differences = check_agreement(first, bench.model.info.dtype)
-    del first
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks = dict.fromkeys(names, 0)
     rounds = [name for _ in range(settings.repeats) for name in names]
     for name in tqdm(rounds, unit="run", desc="bench"):
-        seconds[name].append(_timed(runs[name], samples, bench))
+        with PeakMemory(bench.model.device) as memory:
+            seconds[name].append(_timed(runs[name], samples, bench))
+        peaks[name] = max(peaks[name], memory.peak)
     report = _report(bench, samples, seconds, peaks, loads, differences)
     report["workload"]["source"] = settings.data_dir or WORKLOAD.name
     return report
 
 
-def _first_round(
-    runs: Mapping[str, Any], bench: Bench, samples: Sequence[Encoded]
-) -> tuple[dict[str, Values], dict[str, int]]:
-    """Warm up, take every contender's values, and its peak memory."""
-    values, peaks = {}, {}
-    for name in tqdm(runs, unit="run", desc="compare"):
-        with PeakMemory(bench.model.device) as memory:
-            values[name] = runs[name](samples)
-        peaks[name] = memory.peak
-    return values, peaks
-
-
 def _timed(run: Any, samples: Sequence[Encoded], bench: Bench) -> float:
-    gc.collect()
     _wait(bench)
     clock = time.perf_counter()
     run(samples)
