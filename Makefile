@@ -2,8 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The other TransformerLens line, 4.x, where only the bridge is left: an environment of its own.
+VENV_TL4 ?= $(VENV)-tl4
+BIN_TL4 := $(VENV_TL4)/bin
+# What depends on the engine; everything else is the same code on both lines.
+TESTS_TL4 := tests/test_engines.py tests/test_agreement.py tests/test_adapters.py tests/test_demo.py
 
-.PHONY: env test lint demo bench clean
+.PHONY: env env-tl4 test test-tl3 test-tl4 lint demo bench clean
 
 env: $(VENV)/.installed
 
@@ -12,8 +17,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-test: env
+$(VENV_TL4)/.installed: pyproject.toml constraints-tl4.txt
+	$(PYTHON) -m venv $(VENV_TL4)
+	$(BIN_TL4)/pip install --quiet --disable-pip-version-check -c constraints-tl4.txt -e '.[dev]'
+	touch $@
+
+env-tl4: $(VENV_TL4)/.installed
+
+test: test-tl3 test-tl4
+
+test-tl3: env
 	$(BIN)/python -m pytest
+
+test-tl4: env-tl4
+	$(BIN_TL4)/python -m pytest $(TESTS_TL4)
 
 lint: env
 	$(BIN)/ruff check .
@@ -27,4 +44,4 @@ bench: env
 	$(BIN)/python -m tl_headnorm bench
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TL4) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,9 @@ import warnings
 import torch
 
 from tl_headnorm.model import Model, ModelInfo
+from tl_headnorm.shapes import FAMILY_MODELS, family_model
+
+__all__ = ["FAMILY_MODELS", "as_model", "family_model", "hooked", "llama"]
 
 LAYERS, HEADS, D_HEAD, D_MODEL, VOCAB = 2, 3, 4, 10, 17
 

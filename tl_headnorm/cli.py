@@ -77,7 +77,7 @@ def _ablate(settings: AblateSettings) -> int:
 
 
 def _massive(settings: MassiveSettings) -> int:
-    from tl_headnorm.jobs_studies import run_massive
+    from tl_headnorm.jobs_massive import run_massive
 
     print(run_massive(settings))
     return DONE
@@ -108,8 +108,13 @@ COMMANDS: dict[str, Command] = {
         "Accuracy by answer letter, or by the likelihood of each option's text.",
         EvaluateSettings,
         _evaluate,
-        skip=("token_agg", "exclude_first_token", "per_sample", "score_answers",
-              "validate_samples"),
+        skip=(
+            "token_agg",
+            "exclude_first_token",
+            "per_sample",
+            "score_answers",
+            "validate_samples",
+        ),
     ),
     "ablate": Command(
         "Remove heads or MLPs and measure answers, loss and perplexity.",

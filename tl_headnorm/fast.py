@@ -32,6 +32,9 @@ FIRED = (
     "attn.hook_z",
 )
 
+# RMSNorm, rotary halves, gated MLP without biases; no norm of queries and keys.
+KNOWN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -212,7 +215,7 @@ def knows(tl: Any) -> bool:
         and cfg.rotary_dim == cfg.d_head
         and not cfg.rotary_adjacent_pairs
         and cfg.gated_mlp
-        and cfg.original_architecture in ("LlamaForCausalLM",)
+        and cfg.original_architecture in KNOWN
         and not cfg.attn_only
         and not cfg.parallel_attn_mlp
         and not cfg.use_qk_norm

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from einops import rearrange
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tl_headnorm.bridge import beginning_at, is_bridge, real_tokens_last, stopping_after_blocks
+from tl_headnorm.errors import InputError
 from tl_headnorm.fast import Tail, stopping_at
 from tl_headnorm.measures import take_position
 
@@ -24,19 +27,35 @@ def attn_out_name(layer: int) -> str:
     return f"blocks.{layer}.hook_attn_out"
 
 
+def head_sum_name(tl: Any, layer: int) -> str:
+    """Where the sum over the heads (and b_O) is seen: before a norm that may follow it."""
+    return f"blocks.{layer}.attn.hook_out" if is_bridge(tl) else attn_out_name(layer)
+
+
 def W_O(tl: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """Output weights of a layer's heads, as the model holds them."""
-    return tl.blocks[layer].attn.W_O.detach()
+    """Output weights of a layer's heads, as the model holds them (on its first device)."""
+    return tl.blocks[layer].attn.W_O.detach().to(tl.cfg.device)
 
 
 def b_O(tl: Any, layer: int) -> Float[Tensor, " d_model"]:
     """The bias a layer's attention adds beside its heads."""
-    return tl.blocks[layer].attn.b_O.detach()
+    bias = tl.blocks[layer].attn.b_O
+    if bias is None:  # the bridge's way of saying that there is none
+        return W_O(tl, layer).new_zeros(tl.cfg.d_model)
+    return bias.detach().to(tl.cfg.device)
+
+
+def can_share_prefix(tl: Any) -> bool:
+    """Whether a prefix run once saves anything; a bridge computes it again with every batch."""
+    return not is_bridge(tl)
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens that many prompts begin with, run once: their keys, values and z."""
+    """Tokens that many prompts begin with, run once: their keys, values and z.
+
+    `cache` is None where the model keeps none: the ids then run again before every batch.
+    """
 
     ids: tuple[int, ...]
     cache: Any
@@ -57,9 +76,12 @@ class Pass:
 
 def run_prefix(tl: Any, ids: Sequence[int]) -> Prefix:
     """Run a common prefix on its own and freeze its keys and values for later batches."""
+    tokens = torch.tensor([list(ids)], device=tl.cfg.device)
+    if is_bridge(tl):
+        return Prefix(tuple(ids), None, run_z(tl, tokens, torch.ones_like(tokens)).z)
     from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-    tokens = torch.tensor([list(ids)], device=tl.cfg.device)
+    _check_length(tl, len(ids))
     cache = TransformerLensKeyValueCache.init_cache(tl.cfg, tl.cfg.device, 1)
     names = {z_name(layer): layer for layer in range(tl.cfg.n_layers)}
     _, found = tl.run_with_cache(
@@ -103,6 +125,9 @@ def run_z(
     z is [batch, 1, head, d_head] unless it is wanted everywhere, the residual [batch, 1,
     d_model], and the last block computes no more than that.
     """
+    _check_length(tl, ids.shape[1] + (len(prefix) if prefix else 0))
+    if is_bridge(tl):
+        return _run_bridge(tl, ids, mask, prefix, tail, extra)
     n_layers = tl.cfg.n_layers
     names = {z_name(layer): layer for layer in range(n_layers)}
     wanted = {*names, *extra}
@@ -124,6 +149,88 @@ def run_z(
     return Pass(z, resid, {name: cache[name] for name in extra if name in cache})
 
 
+def _check_length(tl: Any, length: int) -> None:
+    """Refuse what the model's positions or its sliding window do not cover."""
+    if length > tl.cfg.n_ctx:
+        raise InputError(
+            f"prompt: expected at most {tl.cfg.n_ctx} tokens, the context this engine computes "
+            f"faithfully, found {length}; shorten it"
+        )
+
+
+def _run_bridge(
+    tl: Any, ids: Tensor, mask: Tensor, prefix: Prefix | None, tail: Tail | None, extra: Sequence
+) -> Pass:
+    """run_z on a bridge, where a prefix stands before every row and no block is cut short."""
+    names = {z_name(layer): layer for layer in range(tl.cfg.n_layers)}
+    wanted = {*names, *extra}
+    ids, mask, back = _with_prefix(ids, mask, prefix)
+    with stopping_after_blocks(tl):
+        resid, cache = tl.run_with_cache(
+            ids,
+            attention_mask=mask,
+            names_filter=lambda name: name in wanted,
+            return_cache_object=False,
+            output_attentions=False,  # else every layer's pattern is kept
+            use_cache=False,
+        )
+    found = {name: _in_order(value.to(ids.device), back) for name, value in cache.items()}
+    z = {layer: _by_head(tl, found[name]) for name, layer in names.items() if name in found}
+    resid = _in_order(resid.to(ids.device), back)
+    if tail and not tail.z_everywhere:
+        z = {layer: take_position(value, tail.last) for layer, value in z.items()}
+    if tail:
+        resid = take_position(resid, tail.last)
+    return Pass(z, resid, {name: found[name] for name in extra if name in found})
+
+
+def _with_prefix(
+    ids: Tensor, mask: Tensor, prefix: Prefix | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Whole rows, without a gap between prefix and prompt, and the places of the prompt in them."""
+    if prefix is None:
+        return ids, mask, None
+    head = torch.tensor(prefix.ids, device=ids.device).expand(len(ids), -1)
+    whole, seen = torch.cat([head, ids], 1), torch.cat([torch.ones_like(head), mask], 1)
+    order = real_tokens_last(seen)
+    back = order.argsort(1)[:, len(prefix) :]
+    return whole.gather(1, order), seen.gather(1, order), back
+
+
+def _in_order(x: Tensor, back: Tensor | None) -> Tensor:
+    """x [batch, pos, ...] at the given positions of every row."""
+    return x if back is None else x[torch.arange(len(x), device=x.device)[:, None], back]
+
+
+def _by_head(tl: Any, z: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+    """Some bridges hand out z with its heads side by side."""
+    return z if z.dim() == 4 else rearrange(z, "b p (h d) -> b p h d", h=tl.cfg.n_heads)
+
+
+def to_last_block(
+    tl: Any,
+    start: Shaped[Tensor, "batch pos *d_model"],
+    mask: Int[Tensor, "batch pos"],
+    *,
+    start_layer: int = 0,
+    past: Any = None,
+) -> Float[Tensor, "batch resid_pos d_model"]:
+    """The residual stream after the last block, by either engine; hooks set before act in it.
+
+    `start` are token ids, or the residual before `start_layer`. A bridge runs the whole model
+    all the same, on any tokens, and has the residual put in its place.
+    """
+    if is_bridge(tl):
+        ids = start if start.dim() == 2 else torch.zeros_like(mask)
+        put = beginning_at(tl, start_layer, start) if start.dim() == 3 else nullcontext()
+        with put, stopping_after_blocks(tl):
+            return tl(ids, attention_mask=mask, use_cache=False).to(mask.device)
+    begin = {"start_at_layer": start_layer} if start_layer or start.dim() == 3 else {}
+    return tl(
+        start, attention_mask=mask, past_kv_cache=past, stop_at_layer=tl.cfg.n_layers, **begin
+    )
+
+
 def run_resid(
     tl: Any,
     ids: Int[Tensor, "batch pos"],
@@ -132,13 +239,23 @@ def run_resid(
     prefix: Prefix | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
     """The residual stream after the last block; nothing is kept of what leads there."""
+    _check_length(tl, ids.shape[1] + (len(prefix) if prefix else 0))
+    if is_bridge(tl):
+        ids, mask, back = _with_prefix(ids, mask, prefix)
+        return _in_order(to_last_block(tl, ids, mask), back)
     past = _for_batch(tl, prefix, len(ids)) if prefix else None
-    return tl(ids, attention_mask=mask, past_kv_cache=past, stop_at_layer=tl.cfg.n_layers)
+    return to_last_block(tl, ids, mask, past=past)
 
 
 def logits(tl: Any, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
     """Final norm and unembedding of residual vectors."""
-    return tl.unembed(tl.ln_final(resid))
+    return _capped(tl, tl.unembed(tl.ln_final(resid)))
+
+
+def _capped(tl: Any, logits: Tensor) -> Tensor:
+    """Gemma 2 bends its logits after the unembedding."""
+    cap = getattr(tl.cfg, "output_logits_soft_cap", None)
+    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
 
 def letter_logits(
@@ -151,10 +268,11 @@ def letter_logits(
     float32 or wider, so that ties of a narrow type do not choose the answer.
     """
     final = tl.ln_final(resid.unsqueeze(1)).squeeze(1)
-    columns = tl.unembed.W_U.T[letter_ids]
+    columns = tl.unembed.W_U.T[letter_ids.to(tl.unembed.W_U.device)].to(final.device)
     wide = torch.promote_types(final.dtype, torch.float32)
     logits = torch.einsum("bm,bom->bo", final.to(wide), columns.to(wide))
-    return logits + tl.unembed.b_U[letter_ids].to(wide)
+    bias = tl.unembed.b_U
+    return _capped(tl, logits + (0 if bias is None else bias.to(final.device)[letter_ids].to(wide)))
 
 
 @contextmanager
@@ -167,7 +285,7 @@ def zero_heads(tl: Any, heads: Sequence[tuple[int, int]]) -> Iterator[None]:
     def editor(chosen: list[int]) -> Any:
         def zero(z: Tensor, hook: Any) -> Tensor:
             edited = z.clone()
-            edited[:, :, chosen] = 0
+            _by_head(tl, edited)[:, :, chosen] = 0
             return edited
 
         return zero

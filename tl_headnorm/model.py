@@ -1,5 +1,6 @@
 """Loading: a hub id or a directory in Hugging Face format becomes a model that proves itself."""
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -8,8 +9,9 @@ from typing import Any
 
 import torch
 
+from tl_headnorm.bridge import build_bridge
 from tl_headnorm.errors import InputError, first_line, nearest
-from tl_headnorm.families import FAMILIES, build_hooked
+from tl_headnorm.families import FAMILIES, Unsupported, build_hooked, has_hooked
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -17,6 +19,10 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
+ENGINES = ("auto", "hooked", "bridge")
+# accelerate's ways to spread the layers over the devices; a dict places them one by one.
+SPREADS = ("balanced", "balanced_low_0", "sequential")
+_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class ModelInfo:
     dtype: str
     engine: str
     weight_processing: str = "none"
+    adapter: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,9 +48,10 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: `tl` is the HookedTransformer, `hf` the same weights as Hugging Face's.
+    """A loaded model: `tl` runs it with hooks, `hf` holds the same weights as Hugging Face's.
 
-    The two share their tensors, so keeping both costs nothing, and `hf` is the oracle.
+    `tl` is a HookedTransformer or a TransformerBridge (`info.engine`). The two share their
+    tensors, so keeping both costs nothing, and `hf` is the oracle.
     """
 
     tl: Any
@@ -65,42 +73,142 @@ def load_model(
     *,
     dtype: str | torch.dtype = "bf16",
     engine: str = "auto",
-    device_map: str = "auto",
+    device_map: str | dict[str, Any] = "auto",
     self_check: bool = True,
     trust_remote_code: bool = False,
     revision: str | None = None,
     hf_model: Any = None,
     tokenizer: Any = None,
+    adapter_path: str | Path | None = None,
 ) -> Model:
     """Load a model from a hub id or a directory, or take over one in memory (`hf_model`).
 
     A directory never touches the network. Weights are not processed (no folding, no centring)
-    and not copied. With `self_check` the model is compared with Hugging Face's own forward on a
-    probe before it is returned. Raises InputError with one line on whatever is wrong.
+    and not copied; of GPT-2's and GPT-NeoX's attention a second layout is kept. A model given in
+    memory is put in eval mode and its parameters no longer ask for gradients; its modules, its
+    config and its weights stay as they are. With `adapter_path` a PEFT adapter is merged into a
+    model that shares all other weights with the base.
+
+    `engine`: hooked is HookedTransformer (transformer-lens 3.9), bridge is TransformerBridge,
+    auto takes hooked where it is there and knows the family. `device_map` balanced, sequential
+    or a dict of accelerate's spreads the layers over several devices, through the bridge: LLaMA
+    70B has 70.6e9 parameters, in bf16 141 GB, so two devices of 80 GB with about 19 GB left for
+    activations (four of 48 GB: 51 GB left).
+
+    With `self_check` the model is compared with Hugging Face's own forward on a probe before it
+    is returned. Raises InputError with one line on whatever is wrong.
     """
-    if engine not in ("auto", "hooked"):
-        raise InputError(f"engine: expected auto or hooked, found {engine!r}")
+    if engine not in ENGINES:
+        raise InputError(
+            f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}"
+            f"{nearest(engine, ENGINES)}"
+        )
+    spread = isinstance(device_map, dict) or device_map in SPREADS
+    if spread and engine == "hooked":
+        raise InputError(
+            "device_map: expected one device for HookedTransformer, found "
+            f"{device_map!r}; use --engine bridge, or --device_map cuda"
+        )
     if hf_model is None:
         if source is None:
             raise InputError("model_path: expected a hub id or a directory, found nothing")
         torch_dtype = resolve_dtype(dtype)
-        device = resolve_device(device_map)
-        check_dtype(torch_dtype, device)
-        loaded = _load_pretrained(_builtin(str(source)), torch_dtype, trust_remote_code, revision)
-        hf_model = loaded[0].to(device)
+        placed: Any = device_map if spread else resolve_device(str(device_map))
+        if not spread:
+            check_dtype(torch_dtype, placed)
+        loaded = _load_pretrained(
+            _builtin(str(source)),
+            torch_dtype,
+            trust_remote_code,
+            revision,
+            placed if spread else None,
+        )
+        hf_model = loaded[0] if spread else loaded[0].to(placed)
         tokenizer = tokenizer if tokenizer is not None else loaded[1]
+    check_not_quantized(hf_model.config)
+    check_placement(hf_model)
     hf_model.eval().requires_grad_(False)
-    model = Model(
-        tl=build_hooked(hf_model, tokenizer),
-        hf=hf_model,
-        tokenizer=tokenizer,
-        info=_info(hf_model, str(source or hf_model.config.name_or_path or "in memory"), revision),
-    )
+    source = str(source or hf_model.config.name_or_path or "in memory")
+    if adapter_path is not None:
+        from tl_headnorm.adapters import merged
+
+        hf_model = merged(hf_model, str(adapter_path))
+    tl, used = _engine_for(hf_model, tokenizer, engine)
+    info = _info(hf_model, tl, source, revision, used, adapter_path)
+    model = Model(tl=tl, hf=hf_model, tokenizer=tokenizer, info=info)
     if self_check:
         from tl_headnorm.selfcheck import check_model
 
         check_model(model)
     return model
+
+
+def _engine_for(hf_model: Any, tokenizer: Any, engine: str) -> tuple[Any, str]:
+    """The model in the engine asked for, and that engine's name."""
+    if engine == "bridge":
+        return build_bridge(hf_model, tokenizer), "bridge"
+    if not has_hooked():
+        if engine == "hooked":
+            return build_hooked(hf_model, tokenizer), "hooked"  # says why not
+        _say_once("engine: bridge (this transformer-lens has no HookedTransformer)")
+        return build_bridge(hf_model, tokenizer), "bridge"
+    if len({p.device for p in hf_model.parameters()}) > 1:
+        if engine == "hooked":
+            raise Unsupported("a model on one device", "one on several")
+        _say_once("engine: bridge (the model lies on several devices)")
+        return build_bridge(hf_model, tokenizer), "bridge"
+    try:
+        return build_hooked(hf_model, tokenizer), "hooked"
+    except Unsupported as reason:
+        if engine == "hooked":
+            raise
+        found = str(reason).split("found ", 1)[-1].split(",")[0]
+        _say_once(f"engine: bridge (HookedTransformer does not compute {found})")
+        return build_bridge(hf_model, tokenizer), "bridge"
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        logging.getLogger("tl_headnorm").warning(text)
+
+
+def check_not_quantized(config: Any) -> None:
+    """Refuse 8-bit and 4-bit weights.
+
+    Their W_O is held as packed integers with scales per block: z W_O read from it is not what
+    the model adds to its residual stream, and z itself is that of rounded weights.
+    """
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        as_dict = found if isinstance(found, dict) else found.to_dict()
+        raise InputError(
+            "model: expected weights in bf16, fp16 or fp32, found quantized ones "
+            f"({as_dict.get('quant_method', 'of an unknown kind')}), whose packed W_O gives no "
+            "norms that hold for the model; load the model it was made from"
+        )
+
+
+def check_placement(hf_model: Any) -> None:
+    """Refuse layers that were put on the disk, or on the CPU beside a GPU, for want of memory."""
+    places = {str(place) for place in (getattr(hf_model, "hf_device_map", None) or {}).values()}
+    outside = places & {"disk", "meta"} or (places & {"cpu"} if len(places) > 1 else set())
+    if outside:
+        raise InputError(
+            "device_map: expected all layers on the devices, found some put on "
+            f"{', '.join(sorted(outside))} for want of memory; use more or larger devices, "
+            "--dtype bf16, or --device_map cpu"
+        )
+
+
+def commit_of(source: str, revision: str | None = None) -> str | None:
+    """Commit of a hub id, read off the cache its files were just loaded from; None elsewhere."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if source.count("/") != 1 or Path(source).expanduser().exists():
+        return None
+    found = try_to_load_from_cache(source, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -156,7 +264,11 @@ def _builtin(source: str) -> str:
 
 
 def _load_pretrained(
-    source: str, dtype: torch.dtype, trust_remote_code: bool, revision: str | None
+    source: str,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    revision: str | None,
+    device_map: str | dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """The Hugging Face model and tokenizer; a directory is read without the network."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -172,6 +284,8 @@ def _load_pretrained(
     where = str(Path(source).expanduser()) if local else source
     config = _reading(source, "config", lambda: AutoConfig.from_pretrained(where, **common))
     _check_architecture(config, source)
+    check_not_quantized(config)
+    spread = {} if device_map is None else {"device_map": device_map}
     model, report = _reading(
         source,
         "weights",
@@ -181,6 +295,7 @@ def _load_pretrained(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
+            **spread,
             **common,
         ),
     )
@@ -216,11 +331,12 @@ def _is_local(source: str) -> bool:
 
 
 def _check_architecture(config: Any, source: str) -> None:
-    architecture = (config.architectures or [type(config).__name__])[0]
-    if architecture not in FAMILIES:
+    """Refuse what is no decoder before its weights are read."""
+    named = (config.architectures or [""])[0]
+    if named and not named.endswith(("ForCausalLM", "LMHeadModel")):
         raise InputError(
-            f"model_path: expected an architecture among {', '.join(sorted(FAMILIES))}, found "
-            f"{architecture} in {source}"
+            f"model_path: expected an architecture among {', '.join(sorted(FAMILIES))}, or another "
+            f"decoder-only language model for the bridge, found {named} in {source}"
         )
 
 
@@ -241,18 +357,25 @@ def _reading(source: str, what: str, read: Callable[[], Any]) -> Any:
         logging.set_verbosity(level)
 
 
-def _info(hf_model: Any, source: str, revision: str | None) -> ModelInfo:
-    config = hf_model.config
-    heads = config.num_attention_heads
+def _info(
+    hf_model: Any,
+    tl: Any,
+    source: str,
+    revision: str | None,
+    engine: str,
+    adapter_path: str | Path | None,
+) -> ModelInfo:
+    cfg = tl.cfg
     return ModelInfo(
         source=source,
-        revision=revision or getattr(config, "_commit_hash", None),
+        revision=commit_of(source, revision) or revision,
         architecture=type(hf_model).__name__,
-        n_layers=config.num_hidden_layers,
-        n_heads=heads,
-        n_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        d_model=config.hidden_size,
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        n_key_value_heads=cfg.n_key_value_heads or cfg.n_heads,
+        d_head=cfg.d_head,
+        d_model=cfg.d_model,
         dtype=next((n for n, t in DTYPES.items() if t == hf_model.dtype), str(hf_model.dtype)),
-        engine="hooked",
+        engine=engine,
+        adapter=None if adapter_path is None else str(adapter_path),
     )

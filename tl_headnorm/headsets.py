@@ -1,0 +1,137 @@
+"""Which heads and layers are meant: `3.0-4,5.*`, a file, `top:8` of a run's statistic."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tl_headnorm.errors import InputError, first_line, nearest
+
+Heads = tuple[tuple[int, int], ...]
+_HEADS = re.compile(r"(\d+)\.(?:(\d+)(?:-(\d+))?|(\*))")
+_RANKED = re.compile(r"(top|bottom):(\d+)")
+_HELP = "L.H, L.H-H, L.*, a file, all, sweep, none, top:K or bottom:K"
+
+
+def all_heads(layers: Sequence[int], n_heads: int) -> Heads:
+    """Every head of the layers."""
+    return tuple((layer, head) for layer in layers for head in range(n_heads))
+
+
+def parse_layers(text: str, n_layers: int, setting: str = "layers") -> tuple[int, ...]:
+    """`all`, `none`, or numbers and ranges such as `0,3-5`, in ascending order."""
+    if text in ("all", "none"):
+        return tuple(range(n_layers)) if text == "all" else ()
+    found: set[int] = set()
+    for part in re.split(r"[,\s]+", text.strip()):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise InputError(
+                f"{setting}: expected all, none or layers such as 0,3-5, found {text!r}"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < n_layers:
+            raise InputError(f"{setting}: expected layers from 0 to {n_layers - 1}, found {part!r}")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def parse_heads(text: str, n_layers: int, n_heads: int) -> Heads:
+    """A list such as `0.3,1.2-4,5.*`, or a file with `layer: [heads]`, in ascending order."""
+    path = Path(text).expanduser()
+    if path.suffix in (".json", ".yaml", ".yml"):
+        return _checked(_of_file(path), n_layers, n_heads)
+    found: set[tuple[int, int]] = set()
+    for part in re.split(r"[,\s]+", text.strip()):
+        match = _HEADS.fullmatch(part)
+        if not match:
+            raise InputError(f"heads: expected {_HELP}, found {part!r}")
+        layer, last = int(match[1]), n_heads - 1
+        heads = range(n_heads) if match[4] else range(int(match[2]), int(match[3] or match[2]) + 1)
+        if len(heads) == 0:
+            raise InputError(f"heads: expected a range in ascending order, found {part!r}")
+        if heads[-1] > last:
+            raise InputError(f"heads: expected heads from 0 to {last}, found {part!r}")
+        found.update((layer, head) for head in heads)
+    return _checked(found, n_layers, n_heads)
+
+
+def _of_file(path: Path) -> set[tuple[int, int]]:
+    import yaml
+
+    try:
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"heads: expected a file with 'layer: [heads]', found {path} ({first_line(error)})"
+        ) from None
+    try:
+        return {(int(layer), int(head)) for layer, heads in data.items() for head in heads}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(
+            f"heads: expected 'layer: [heads]' in {path}, such as {{\"3\": [0, 2]}}, found "
+            f"{json.dumps(data, default=str)[:60]}"
+        ) from None
+
+
+def _checked(heads: set[tuple[int, int]], n_layers: int, n_heads: int) -> Heads:
+    if not heads:
+        raise InputError(f"heads: expected at least one head, found none; give {_HELP}")
+    for layer, head in sorted(heads):
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise InputError(
+                f"heads: expected layers from 0 to {n_layers - 1} and heads from 0 to "
+                f"{n_heads - 1}, found {layer}.{head}"
+            )
+    return tuple(sorted(heads))
+
+
+def is_ranked(text: str) -> bool:
+    """Whether it is `top:K` or `bottom:K`."""
+    return _RANKED.fullmatch(text) is not None
+
+
+def ranked_heads(text: str, run: str | Path | None, statistic: str) -> Heads:
+    """The K largest or smallest heads of a column of a run directory's heads.parquet."""
+    match = _RANKED.fullmatch(text)
+    assert match is not None
+    if run is None:
+        raise InputError(f"run: expected a run directory to rank heads by for {text}, found none")
+    path = Path(run).expanduser() / "heads.parquet"
+    try:
+        table = pd.read_parquet(path)
+    except Exception as error:  # pyarrow raises of every kind on a damaged file
+        raise InputError(
+            f"run: expected a run directory with heads.parquet, found {run} ({first_line(error)})"
+        ) from None
+    columns = [str(c) for c in table.columns if c not in ("layer", "head")]
+    if statistic not in columns:
+        raise InputError(
+            f"statistic: expected one of {', '.join(columns)}, found {statistic!r}"
+            f"{nearest(statistic, columns)}"
+        )
+    count = int(match[2])
+    if not 1 <= count <= len(table):
+        raise InputError(f"heads: expected a number from 1 to {len(table)}, found {text!r}")
+    values = table[statistic].to_numpy(np.float64)
+    order = np.argsort(values if match[1] == "bottom" else -values, kind="stable")[:count]
+    chosen = table.iloc[order]
+    return tuple(sorted(zip(chosen["layer"].tolist(), chosen["head"].tolist(), strict=True)))
+
+
+def as_file(heads: Heads) -> dict[str, list[int]]:
+    """`layer: [heads]`, what parse_heads reads."""
+    found: dict[str, list[int]] = {}
+    for layer, head in sorted(heads):
+        found.setdefault(str(layer), []).append(head)
+    return found
+
+
+def label(heads: Heads) -> str:
+    """A short name of a set."""
+    names = [f"{layer}.{head}" for layer, head in heads]
+    return "heads " + ",".join(names) if len(names) <= 6 else f"{len(names)} heads"

@@ -1,0 +1,1 @@
+"""Head attribution by gates: scores, how stable they are, and whether pruning bears them out."""
