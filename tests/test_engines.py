@@ -260,12 +260,19 @@ def test_a_bridge_begins_at_any_layer(name, layer):
     assert start.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("command", ["ablate", "massive"])
+STUDIES = {
+    "ablate": [],
+    "massive": [],
+    "attribute": ["--steps", 4, "--methods", "[grad_x_act, ig_joint, ig_layer, loo, rollout]"],
+}
+
+
+@pytest.mark.parametrize("command", STUDIES)
 def test_studies_run_on_the_bridge(run_cli, small, tmp_path, command):
     """And give what HookedTransformer gives, where there is one."""
     import pandas as pd
 
-    flags = [*small, "--dataset", "arc_challenge", "--max_samples", 2]
+    flags = [*small, "--dataset", "arc_challenge", "--max_samples", 2, *STUDIES[command]]
     engines = ["bridge", "hooked"] if has_hooked() else ["bridge"]
     runs = {}
     for engine in engines:
