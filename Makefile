@@ -27,10 +27,10 @@ env-tl4: $(VENV_TL4)/.installed
 test: test-tl3 test-tl4
 
 test-tl3: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-tl4: env-tl4
-	$(BIN_TL4)/python -m pytest $(TESTS_TL4)
+	$(BIN_TL4)/python -m pytest -n 2 $(TESTS_TL4)
 
 lint: env
 	$(BIN)/ruff check .

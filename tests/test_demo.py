@@ -38,8 +38,7 @@ def test_the_built_in_model_reads_the_question_not_a_position(run_cli, tmp_path)
 
     questions = load_questions("builtin:questions", max_samples=100)
     turned = [
-        replace(q, options=q.options[::-1], answer=len(q.options) - 1 - q.answer)
-        for q in questions
+        replace(q, options=q.options[::-1], answer=len(q.options) - 1 - q.answer) for q in questions
     ]
     model = load_model("builtin:tiny", dtype="fp32", device_map="cpu")
     run = collect(model, turned, progress=False)
