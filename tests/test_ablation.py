@@ -8,17 +8,18 @@ import pytest
 import torch
 from handmade import as_model, hooked, llama
 
-from tl_headnorm import hooks, reference
-from tl_headnorm.config_studies import ABLATION_METHODS, AblateSettings
+from tl_headnorm import hooks
+from tl_headnorm.config.studies import ABLATION_METHODS, AblateSettings
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.texts import read_texts, windows
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.edits import Start, replace_heads, run_hooked
 from tl_headnorm.errors import InputError
+from tl_headnorm.intervene import reference
+from tl_headnorm.intervene.edits import Start, replace_heads, run_hooked
+from tl_headnorm.intervene.readouts import Letters, NextTokens
+from tl_headnorm.intervene.variants import Options, Variant, run_variants
 from tl_headnorm.model import load_model
-from tl_headnorm.readouts import Letters, NextTokens
 from tl_headnorm.studies import ablation as study
-from tl_headnorm.variants import Options, Variant, run_variants
 
 LETTERS = (20, 21, 22, 23)
 ANSWERS = [0, 3, 1, 2, 2]

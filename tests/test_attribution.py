@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from tl_headnorm.config_attribute import METHODS, AttributeSettings
+from tl_headnorm.config.attribute import METHODS, AttributeSettings
 from tl_headnorm.studies.attribution.engine import Engine
 from tl_headnorm.studies.attribution.losses import Item, LetterLoss, TokenLoss
 from tl_headnorm.studies.attribution.methods import quadrature

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from tl_headnorm.config_attribute import METHODS, AttributeSettings
+from tl_headnorm.config.attribute import METHODS, AttributeSettings
 from tl_headnorm.errors import InputError
 from tl_headnorm.studies.attribution import stability as stab
 from tl_headnorm.studies.attribution.groups import benjamini_hochberg, compare_groups

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from tl_headnorm import fast
-from tl_headnorm.config_attribute import AttributeSettings
+from tl_headnorm.config.attribute import AttributeSettings
 from tl_headnorm.data.questions import load_questions
 from tl_headnorm.hooks import z_name
 from tl_headnorm.model import load_model

@@ -3,7 +3,7 @@
 import pytest
 from conftest import prompts, question_record, train_tokenizer
 
-from tl_headnorm.config import EvaluateSettings, Settings
+from tl_headnorm.config.run import EvaluateSettings, Settings
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import parse_record
 from tl_headnorm.errors import InputError

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-import tl_headnorm.jobs
+import tl_headnorm.jobs.run
 from tl_headnorm.cli import COMMANDS, parse
-from tl_headnorm.config import Settings, check_config
+from tl_headnorm.config.run import Settings, check_config
 from tl_headnorm.errors import InputError
 
 HEAVY = ("torch", "transformer_lens", "transformers", "datasets", "xarray", "plotly", "matplotlib")
@@ -256,7 +256,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_the_users(run_cli, monkeypatch):
     def fail(settings):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(tl_headnorm.jobs, "run_collect", fail)
+    monkeypatch.setattr(tl_headnorm.jobs.run, "run_collect", fail)
     with pytest.raises(ZeroDivisionError):
         run_cli("collect")
 
@@ -265,7 +265,7 @@ def test_interrupted(run_cli, monkeypatch):
     def fail(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tl_headnorm.jobs, "run_collect", fail)
+    monkeypatch.setattr(tl_headnorm.jobs.run, "run_collect", fail)
     result = run_cli("collect")
     assert (result.code, result.err) == (130, "interrupted\n")
 
@@ -283,7 +283,7 @@ def test_what_the_machine_lacks_is_one_line(error, message, run_cli, monkeypatch
     def fail(settings):
         raise eval(error, {"torch": torch})
 
-    monkeypatch.setattr(tl_headnorm.jobs, "run_collect", fail)
+    monkeypatch.setattr(tl_headnorm.jobs.run, "run_collect", fail)
     result = run_cli("collect")
     assert result.code == 2
     assert message in result.error_line

@@ -58,7 +58,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest(tiny, questions):
 )
 @pytest.mark.parametrize("token_agg", ["last", "all"])
 def test_every_way_gives_the_same_values_in_dataset_order(tiny, questions, ways, token_agg):
-    from tl_headnorm.config import Settings
+    from tl_headnorm.config.run import Settings
     from tl_headnorm.data.prepare import prepare
 
     encoded = prepare(tiny.tokenizer, tiny.n_ctx, questions, Settings()).encoded

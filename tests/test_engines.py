@@ -187,7 +187,7 @@ def test_commands_run_on_the_bridge(run_cli, small, tmp_path, token_agg):
 def test_answers_on_the_bridge_are_hugging_faces(llama_dir, questions_file, scoring):
     """Accuracy needs what comes after the heads: final norm, unembedding, shared prompts."""
     from tl_headnorm import load_questions
-    from tl_headnorm.config import EvaluateSettings
+    from tl_headnorm.config.run import EvaluateSettings
     from tl_headnorm.data.templates import get_template
     from tl_headnorm.studies.evaluate import evaluate, score_cloze
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tl_headnorm.config import EvaluateSettings
+from tl_headnorm.config.run import EvaluateSettings
 from tl_headnorm.data.questions import parse_record
 from tl_headnorm.data.templates import get_template
 from tl_headnorm.model import load_model

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 import xarray as xr
 
-from tl_headnorm.figures import _step, heatmap, heatmap_png, save_heatmap
+from tl_headnorm.figures.heatmaps import _step, heatmap, heatmap_png, save_heatmap
 
 LAYERS, HEADS = 3, 5
 
@@ -158,7 +158,7 @@ def test_the_guard_can_fail():
 def test_figures_need_no_torch():
     script = """
 import sys, numpy as np, xarray as xr
-from tl_headnorm.figures import heatmap, heatmap_png
+from tl_headnorm.figures.heatmaps import heatmap, heatmap_png
 array = xr.DataArray(np.eye(3), dims=("layer", "head"))
 assert heatmap(array).to_html(include_plotlyjs=True)
 assert heatmap_png(array)[:4] == bytes([0x89]) + b"PNG"

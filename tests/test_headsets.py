@@ -2,8 +2,8 @@
 
 import pytest
 
-from tl_headnorm import headsets
 from tl_headnorm.errors import InputError
+from tl_headnorm.intervene import headsets
 
 
 @pytest.mark.parametrize(

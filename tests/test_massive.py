@@ -8,15 +8,15 @@ import pytest
 import torch
 from handmade import as_model, hooked
 
-from tl_headnorm import edits
-from tl_headnorm.activations import largest, massive
-from tl_headnorm.config_studies import MassiveSettings
+from tl_headnorm.config.studies import MassiveSettings
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.edits import SetActivations, Start
 from tl_headnorm.hooks import attn_out_name
-from tl_headnorm.readouts import Nothing
+from tl_headnorm.intervene import edits
+from tl_headnorm.intervene.activations import largest, massive
+from tl_headnorm.intervene.edits import SetActivations, Start
+from tl_headnorm.intervene.readouts import Nothing
+from tl_headnorm.intervene.variants import Options, Variant, run_variants
 from tl_headnorm.studies import massive as study
-from tl_headnorm.variants import Options, Variant, run_variants
 
 TOKENS = (0, 5, 3, 11, 8, 2, 13, 4, 9)
 SAMPLES = [Encoded(i, TOKENS[:n]) for i, n in enumerate((9, 6, 4))]

@@ -11,10 +11,11 @@ import xarray as xr
 from conftest import SIZES
 
 import tl_headnorm
-from tl_headnorm import collect, jobs, load_model, load_questions, load_run
-from tl_headnorm.config import Settings
+from tl_headnorm import collect, load_model, load_questions, load_run
+from tl_headnorm.config.run import Settings
 from tl_headnorm.errors import InputError
 from tl_headnorm.files import plain, write_bytes, write_json, write_with
+from tl_headnorm.jobs import run as jobs
 from tl_headnorm.measures import MEASURES
 from tl_headnorm.results import heads_table, new_run_dir, samples_table
 

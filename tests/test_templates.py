@@ -3,7 +3,7 @@
 import pytest
 from conftest import question_record, write_jsonl
 
-from tl_headnorm.config import Settings
+from tl_headnorm.config.run import Settings
 from tl_headnorm.data.prepare import few_shot_examples
 from tl_headnorm.data.questions import (
     DATASETS,

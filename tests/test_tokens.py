@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import prompts, question_record, train_tokenizer
 
-from tl_headnorm.config import Settings
+from tl_headnorm.config.run import Settings
 from tl_headnorm.data.batches import batches_in_order, make_batch
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import parse_record

@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tl_headnorm.collecting import collect
-    from tl_headnorm.config import Settings
+    from tl_headnorm.config.run import Settings
     from tl_headnorm.data.questions import Question, load_questions, register_dataset
     from tl_headnorm.data.templates import register_template
     from tl_headnorm.data.tokens import build_sft_example
     from tl_headnorm.errors import InputError
-    from tl_headnorm.figures import heatmap
+    from tl_headnorm.figures.heatmaps import heatmap
     from tl_headnorm.model import load_model
     from tl_headnorm.results import load_run
 
 _HOME = {
     "InputError": "errors",
     "Question": "data.questions",
-    "Settings": "config",
+    "Settings": "config.run",
     "build_sft_example": "data.tokens",
     "collect": "collecting",
-    "heatmap": "figures",
+    "heatmap": "figures.heatmaps",
     "load_model": "model",
     "load_questions": "data.questions",
     "load_run": "results",

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_headnorm import results
-from tl_headnorm.config import BenchSettings
+from tl_headnorm.config.run import BenchSettings
 from tl_headnorm.contenders import CONTENDERS, Bench, Values, open_bench
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError, unknown

@@ -7,9 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
-from tl_headnorm.config import BenchSettings, DemoSettings, EvaluateSettings, Settings, check_config
-from tl_headnorm.config_attribute import AttributeSettings
-from tl_headnorm.config_studies import AblateSettings, MassiveSettings
+from tl_headnorm.config.attribute import AttributeSettings
+from tl_headnorm.config.run import (
+    BenchSettings,
+    DemoSettings,
+    EvaluateSettings,
+    Settings,
+    check_config,
+)
+from tl_headnorm.config.studies import AblateSettings, MassiveSettings
 from tl_headnorm.errors import InputError, first_line, nearest, unknown
 
 _UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments: (-*)([^=\s]+)")
@@ -41,14 +47,14 @@ def _demo(settings: DemoSettings) -> int:
 
 
 def _collect(settings: Settings) -> int:
-    from tl_headnorm.jobs import run_collect
+    from tl_headnorm.jobs.run import run_collect
 
     print(run_collect(settings))
     return DONE
 
 
 def _validate(settings: Settings) -> int:
-    from tl_headnorm.jobs import run_validate
+    from tl_headnorm.jobs.run import run_validate
 
     path, passed = run_validate(settings)
     print(path)
@@ -56,28 +62,28 @@ def _validate(settings: Settings) -> int:
 
 
 def _evaluate(settings: EvaluateSettings) -> int:
-    from tl_headnorm.jobs import run_evaluate
+    from tl_headnorm.jobs.run import run_evaluate
 
     print(run_evaluate(settings))
     return DONE
 
 
 def _bench(settings: BenchSettings) -> int:
-    from tl_headnorm.jobs import bench
+    from tl_headnorm.jobs.run import bench
 
     print(bench(settings))
     return DONE
 
 
 def _ablate(settings: AblateSettings) -> int:
-    from tl_headnorm.jobs_studies import run_ablate
+    from tl_headnorm.jobs.studies import run_ablate
 
     print(run_ablate(settings))
     return DONE
 
 
 def _massive(settings: MassiveSettings) -> int:
-    from tl_headnorm.jobs_massive import run_massive
+    from tl_headnorm.jobs.massive import run_massive
 
     print(run_massive(settings))
     return DONE
@@ -85,7 +91,7 @@ def _massive(settings: MassiveSettings) -> int:
 
 # Settings of a run that do nothing in a study of many runs.
 def _attribute(settings: AttributeSettings) -> int:
-    from tl_headnorm.jobs_attribute import run_attribute
+    from tl_headnorm.jobs.attribute import run_attribute
 
     print(run_attribute(settings))
     return DONE

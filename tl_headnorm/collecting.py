@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_headnorm import hf, hooks, results
-from tl_headnorm.config import Settings
+from tl_headnorm.config.run import Settings
 from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.plan import Group, plan_batches, prefix_groups
 from tl_headnorm.data.prepare import Prepared, prepare

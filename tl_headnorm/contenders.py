@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_headnorm import fast, hooks
 from tl_headnorm.collecting import measure_samples
-from tl_headnorm.config import BenchSettings, Settings
+from tl_headnorm.config.run import BenchSettings, Settings
 from tl_headnorm.data.batches import Batch, batches_in_order
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import load_questions

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from tl_headnorm.config import DemoSettings, Settings
-from tl_headnorm.jobs import run_collect, say
+from tl_headnorm.config.run import DemoSettings, Settings
+from tl_headnorm.jobs.run import run_collect, say
 from tl_headnorm.results import load_run
 
 SHADES = " ░▒▓█"

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_headnorm.config import Settings
+from tl_headnorm.config.run import Settings
 from tl_headnorm.data.batches import Batch, batches_in_order
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_headnorm.config import Settings
+from tl_headnorm.config.run import Settings
 from tl_headnorm.data.chat import as_chat, chat_template_sha256, check_whole
 from tl_headnorm.data.questions import Question, Questions, load_questions
 from tl_headnorm.data.templates import Sample, Template, build_samples, get_template

@@ -12,11 +12,11 @@ import xarray as xr
 
 from tl_headnorm import hooks
 from tl_headnorm.collecting import measure_samples
-from tl_headnorm.config_studies import AblateSettings
+from tl_headnorm.config.studies import AblateSettings
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
-from tl_headnorm.headsets import (
+from tl_headnorm.intervene.headsets import (
     Heads,
     all_heads,
     is_ranked,
@@ -25,10 +25,10 @@ from tl_headnorm.headsets import (
     parse_layers,
     ranked_heads,
 )
+from tl_headnorm.intervene.readouts import Letters, NextTokens
+from tl_headnorm.intervene.reference import Reference, gather_reference
+from tl_headnorm.intervene.variants import Options, Outcome, Variant, run_variants
 from tl_headnorm.model import Model
-from tl_headnorm.readouts import Letters, NextTokens
-from tl_headnorm.reference import Reference, gather_reference
-from tl_headnorm.variants import Options, Outcome, Variant, run_variants
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from tl_headnorm import hooks
 from tl_headnorm.collecting import measure_samples
-from tl_headnorm.config import EvaluateSettings
+from tl_headnorm.config.run import EvaluateSettings
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import Question

@@ -11,18 +11,18 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 
-from tl_headnorm import edits
-from tl_headnorm.activations import massive as is_massive
-from tl_headnorm.config_studies import MassiveSettings
+from tl_headnorm.config.studies import MassiveSettings
 from tl_headnorm.data.batches import batches_in_order, make_batch
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.edits import SetActivations, Start
-from tl_headnorm.headsets import Heads, all_heads
+from tl_headnorm.intervene import edits
+from tl_headnorm.intervene.activations import massive as is_massive
+from tl_headnorm.intervene.edits import SetActivations, Start
+from tl_headnorm.intervene.headsets import Heads, all_heads
+from tl_headnorm.intervene.readouts import Letters, NextTokens, Nothing
+from tl_headnorm.intervene.reference import replacement
+from tl_headnorm.intervene.variants import Options, Outcome, Variant, run_variants
 from tl_headnorm.measures import last_real_position
 from tl_headnorm.model import Model
-from tl_headnorm.readouts import Letters, NextTokens, Nothing
-from tl_headnorm.reference import replacement
-from tl_headnorm.variants import Options, Outcome, Variant, run_variants
 
 
 @dataclass(frozen=True)

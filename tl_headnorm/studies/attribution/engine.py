@@ -13,7 +13,7 @@ from torch import Tensor
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError, first_line
-from tl_headnorm.gates import Base, GateRows, run_gated, z_of
+from tl_headnorm.intervene.gates import Base, GateRows, run_gated, z_of
 from tl_headnorm.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory
 from tl_headnorm.model import Model
 from tl_headnorm.studies.attribution.losses import Item, LetterLoss, Loss

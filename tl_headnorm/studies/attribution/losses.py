@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_headnorm import hooks
-from tl_headnorm.config_attribute import AttributeSettings
+from tl_headnorm.config.attribute import AttributeSettings
 from tl_headnorm.data.prepare import Prepared, prepare
 from tl_headnorm.data.questions import Question
 from tl_headnorm.data.templates import text_target

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from tl_headnorm.config_attribute import AttributeSettings
-from tl_headnorm.gates import Base
+from tl_headnorm.config.attribute import AttributeSettings
+from tl_headnorm.intervene.gates import Base
 from tl_headnorm.studies.attribution.engine import Bundle, Engine
 
 Heads = Float[np.ndarray, "batch layer head"]

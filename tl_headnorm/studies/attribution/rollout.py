@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_headnorm.gates import patterns
+from tl_headnorm.intervene.gates import patterns
 from tl_headnorm.studies.attribution.engine import Bundle, Engine
 
 

@@ -12,10 +12,10 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from tl_headnorm import results
-from tl_headnorm.config_attribute import AttributeSettings, expand_methods
+from tl_headnorm.config.attribute import AttributeSettings, expand_methods
 from tl_headnorm.data.questions import Question
 from tl_headnorm.errors import InputError
-from tl_headnorm.gates import Base
+from tl_headnorm.intervene.gates import Base
 from tl_headnorm.model import Model
 from tl_headnorm.studies.attribution.engine import Engine, bundles
 from tl_headnorm.studies.attribution.losses import (

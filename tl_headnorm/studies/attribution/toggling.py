@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from tl_headnorm.gates import run_gated
+from tl_headnorm.intervene.gates import run_gated
 from tl_headnorm.studies.attribution.methods import Context, PerSample, Scores
 
 

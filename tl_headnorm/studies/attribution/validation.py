@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from tl_headnorm.errors import InputError
-from tl_headnorm.gates import Base
+from tl_headnorm.intervene.gates import Base
 from tl_headnorm.studies.attribution.engine import Engine, bundles
 from tl_headnorm.studies.attribution.losses import Item
 from tl_headnorm.studies.attribution.stability import correlations

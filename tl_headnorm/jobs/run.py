@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tl_headnorm import results
 from tl_headnorm.collecting import collect
-from tl_headnorm.config import BenchSettings, EvaluateSettings, Settings
+from tl_headnorm.config.run import BenchSettings, EvaluateSettings, Settings
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import Questions, load_questions
 from tl_headnorm.data.templates import get_template
-from tl_headnorm.figures import save_heatmap
+from tl_headnorm.figures.heatmaps import save_heatmap
 from tl_headnorm.files import write_json, write_with
 from tl_headnorm.hf import describe, validate
 from tl_headnorm.measures import MEASURES
@@ -112,7 +112,7 @@ def run_validate(settings: Settings) -> tuple[Path, bool]:
 def bench(settings: BenchSettings) -> Path:
     """Run the bench, write bench.json and the bar chart; its directory."""
     from tl_headnorm.bench import run_bench, table
-    from tl_headnorm.figures import save_bars
+    from tl_headnorm.figures.heatmaps import save_bars
 
     path = results.new_run_dir(settings.output_dir, "bench")
     try:

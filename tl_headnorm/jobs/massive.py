@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm import figures_massive, jobs
-from tl_headnorm.config_studies import MassiveSettings
+from tl_headnorm.config.studies import MassiveSettings
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.texts import Texts, windows
+from tl_headnorm.figures import massive as figures_massive
 from tl_headnorm.files import write_json, write_text
-from tl_headnorm.headsets import as_file
-from tl_headnorm.jobs_studies import (
+from tl_headnorm.intervene.headsets import as_file
+from tl_headnorm.jobs import run as jobs
+from tl_headnorm.jobs.studies import (
     in_run_dir,
     open_study,
     record,

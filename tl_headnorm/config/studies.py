@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from tl_headnorm.config import Settings
+from tl_headnorm.config.run import Settings
 from tl_headnorm.errors import InputError, unknown
 
 # Named here too, because a settings' class must not load torch; a test keeps the two equal.

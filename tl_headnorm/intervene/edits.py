@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_headnorm.activations import massive
 from tl_headnorm.bridge import is_bridge
 from tl_headnorm.errors import InputError
 from tl_headnorm.fast import Tail, stopping_at
 from tl_headnorm.hooks import W_O, b_O, to_last_block, z_name
+from tl_headnorm.intervene.activations import massive
 from tl_headnorm.measures import contribution_factor, resid_contrib_norm, take_position
 
 Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm import figures_attribution as figures
 from tl_headnorm import results
-from tl_headnorm.config_attribute import AttributeSettings
+from tl_headnorm.config.attribute import AttributeSettings
 from tl_headnorm.data.questions import DATASETS, Question, Questions, load_questions
 from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.figures import attribution as figures
 from tl_headnorm.files import write_json, write_text, write_with
-from tl_headnorm.jobs import _quiet, say
+from tl_headnorm.jobs.run import _quiet, say
 from tl_headnorm.measures import MEASURES
 from tl_headnorm.model import Model, load_model
 from tl_headnorm.studies.attribution.groups import compare_groups

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from tl_headnorm.config import Settings
+from tl_headnorm.config.run import Settings
 from tl_headnorm.errors import InputError, unknown
 
 METHODS = (

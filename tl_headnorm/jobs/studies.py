@@ -10,15 +10,17 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm import figures_ablation, jobs, results
-from tl_headnorm.config import Settings
-from tl_headnorm.config_studies import AblateSettings
+from tl_headnorm import results
+from tl_headnorm.config.run import Settings
+from tl_headnorm.config.studies import AblateSettings
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.texts import Texts, read_texts, windows
+from tl_headnorm.figures import ablation as figures_ablation
 from tl_headnorm.files import write_json, write_text, write_with
+from tl_headnorm.intervene.variants import Options
+from tl_headnorm.jobs import run as jobs
 from tl_headnorm.model import Model, load_model
 from tl_headnorm.studies import ablation
-from tl_headnorm.variants import Options
 
 MOST_SETS = 20  # named one by one in a summary
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tl_headnorm.figures_ablation import canvas, save
+from tl_headnorm.figures.ablation import canvas, save
 
 PALETTE = ["#440154", "#2a788e", "#7ad151", "#d1495b", "#888888"]
 

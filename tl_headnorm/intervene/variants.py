@@ -17,17 +17,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_headnorm import edits
-from tl_headnorm.activations import largest
 from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.plan import Group, plan_batches
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.edits import SetActivations, Start
 from tl_headnorm.fast import Tail
+from tl_headnorm.intervene import edits
+from tl_headnorm.intervene.activations import largest
+from tl_headnorm.intervene.edits import SetActivations, Start
+from tl_headnorm.intervene.reference import Reference, replacement
 from tl_headnorm.measures import last_real_position, take_position
 from tl_headnorm.memory import auto_batch_tokens
 from tl_headnorm.model import Model
-from tl_headnorm.reference import Reference, replacement
 
 # Past this many tokens a pass is no faster per token, and its activations leave the cache.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}

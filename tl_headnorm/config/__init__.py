@@ -1,0 +1,1 @@
+"""The settings of every command: dataclasses that give flags, YAML keys, types and help."""

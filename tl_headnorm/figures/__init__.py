@@ -1,0 +1,1 @@
+"""Arrays and tables -> interactive pages and PNGs. Imports no torch."""
