@@ -126,7 +126,7 @@ def test_imports_point_down(name, path):
             "from tl_headnorm.studies.massive import f",
             ("studies.attribution.engine", "studies.massive"),
         ),
-        ("studies.ablation", "from tl_headnorm.jobs.run import say", ("studies", "jobs")),
+        ("studies.ablation", "from tl_headnorm.jobs.opening import say", ("studies", "jobs")),
         ("measures", "import tl_headnorm.placeless", ("measures", "placeless")),
         ("placeless", "import tl_headnorm.measures", ("placeless", "measures")),
     ],

@@ -69,9 +69,9 @@ def _evaluate(settings: EvaluateSettings) -> int:
 
 
 def _bench(settings: BenchSettings) -> int:
-    from tl_headnorm.jobs.run import bench
+    from tl_headnorm.jobs.run import run_bench
 
-    print(bench(settings))
+    print(run_bench(settings))
     return DONE
 
 

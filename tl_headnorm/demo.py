@@ -6,7 +6,8 @@ import numpy as np
 import xarray as xr
 
 from tl_headnorm.config.run import DemoSettings, Settings
-from tl_headnorm.jobs.run import run_collect, say
+from tl_headnorm.jobs.opening import say
+from tl_headnorm.jobs.run import run_collect
 from tl_headnorm.results import load_run
 
 SHADES = " ░▒▓█"

@@ -12,13 +12,13 @@ import xarray as xr
 
 from tl_headnorm import results
 from tl_headnorm.config.attribute import AttributeSettings
-from tl_headnorm.data.questions import DATASETS, Question, Questions, load_questions
+from tl_headnorm.data.questions import DATASETS, Question, Questions
 from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.figures import attribution as figures
 from tl_headnorm.files import write_json, write_text, write_with
-from tl_headnorm.jobs.run import _quiet, say
+from tl_headnorm.jobs.opening import open_model, open_questions, run_dir, say
 from tl_headnorm.measures import MEASURES
-from tl_headnorm.model import Model, load_model
+from tl_headnorm.model import Model
 from tl_headnorm.studies.attribution.groups import compare_groups
 from tl_headnorm.studies.attribution.stability import stability
 from tl_headnorm.studies.attribution.study import attribute, importance, open_job
@@ -30,49 +30,24 @@ Sections = list[figures.Section]
 
 def run_attribute(settings: AttributeSettings) -> Path:
     """Attribute, report, write the run directory; its path."""
-    path = results.new_run_dir(settings.output_dir, settings.experiment_name)
-    try:
+    with run_dir(settings.output_dir, settings.experiment_name) as path:
         if settings.run is not None:
             _report_on(Path(settings.run).expanduser(), settings, path)
         else:
             _attribute(settings, path)
-    except BaseException:
-        results.remove_if_empty(path)
-        raise
     say((path / "summary.md").read_text(encoding="utf-8"))
     return path
 
 
 def _load(settings: AttributeSettings) -> tuple[Model, Questions]:
     """Questions first: they fail fast, a model is slow to load."""
-    _quiet()
     if settings.loss == "lm":
         questions = Questions(())
     elif settings.datasets:
         questions = _several(settings)
     else:
-        questions = _questions(settings, settings.dataset, settings.data_dir)
-    model = load_model(
-        settings.model_path,
-        dtype=settings.dtype,
-        engine=settings.engine,
-        device_map=settings.device_map,
-        self_check=settings.self_check,
-        trust_remote_code=settings.trust_remote_code,
-        adapter_path=settings.adapter_path,
-    )
-    return model, questions
-
-
-def _questions(settings: AttributeSettings, name: str, data_dir: str | None) -> Questions:
-    return load_questions(
-        name,
-        data_dir,
-        settings.split,
-        max_samples=settings.max_samples,
-        n_options=settings.n_options,
-        on_bad_record=settings.on_bad_record,
-    )
+        questions = open_questions(settings)
+    return open_model(settings), questions
 
 
 def _several(settings: AttributeSettings) -> Questions:
@@ -80,7 +55,8 @@ def _several(settings: AttributeSettings) -> Questions:
     found: list[Question] = []
     for name in settings.datasets or []:
         known = name in DATASETS
-        part = _questions(settings, name if known else "multiple_choice", None if known else name)
+        dataset, data_dir = (name, None) if known else ("multiple_choice", name)
+        part = open_questions(settings, dataset, data_dir)
         label = name if known else Path(name).stem
         found += [replace(q, meta={**q.meta, "dataset": label}) for q in part]
     return Questions(tuple(found), name=", ".join(settings.datasets or []), split=settings.split)

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from tl_headnorm.data.texts import Texts, windows
 from tl_headnorm.figures import massive as figures_massive
 from tl_headnorm.files import write_json, write_text
 from tl_headnorm.intervene.headsets import as_file
-from tl_headnorm.jobs import run as jobs
+from tl_headnorm.jobs.opening import run_dir, say
 from tl_headnorm.jobs.studies import (
-    in_run_dir,
     open_study,
     record,
     save_npz,
@@ -32,7 +30,9 @@ from tl_headnorm.studies import massive
 
 def run_massive(settings: MassiveSettings) -> Path:
     """Study massive activations, write tables, arrays, figures and a summary; the directory."""
-    return in_run_dir(settings, partial(_massive, settings))
+    with run_dir(settings.output_dir, settings.experiment_name) as path:
+        _massive(settings, path)
+    return path
 
 
 def _massive_inputs(
@@ -112,7 +112,7 @@ def _massive(settings: MassiveSettings, path: Path) -> None:
     text = describe_massive(run, meta)
     write_text(path / "summary.md", text)
     write_json(path / "meta.json", meta)
-    jobs.say(text)
+    say(text)
 
 
 def _entries(run: xr.Dataset, model: Model) -> pd.DataFrame:

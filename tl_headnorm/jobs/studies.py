@@ -1,7 +1,7 @@
 """What `ablate` does, from settings to files, and what the studies' commands share."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,47 +11,26 @@ import pandas as pd
 import xarray as xr
 
 from tl_headnorm import results
-from tl_headnorm.config.run import Settings
 from tl_headnorm.config.studies import AblateSettings
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.texts import Texts, read_texts, windows
 from tl_headnorm.figures import ablation as figures_ablation
 from tl_headnorm.files import write_json, write_text, write_with
 from tl_headnorm.intervene.variants import Options
-from tl_headnorm.jobs import run as jobs
-from tl_headnorm.model import Model, load_model
+from tl_headnorm.jobs.opening import open_both, open_model, run_dir, say
+from tl_headnorm.model import Model
 from tl_headnorm.studies import ablation
 
 MOST_SETS = 20  # named one by one in a summary
-
-
-def in_run_dir(settings: Settings, work: Callable[[Path], None]) -> Path:
-    """Make the run directory, let `work` fill it; taken back if nothing was written."""
-    path = results.new_run_dir(settings.output_dir, settings.experiment_name)
-    try:
-        work(path)
-    except BaseException:
-        results.remove_if_empty(path)
-        raise
-    return path
 
 
 def open_study(settings: Any) -> tuple[Model, Any, Texts | None]:
     """The model, the questions (None without a dataset) and the texts (None without a file)."""
     texts = read_texts(settings.texts) if settings.texts else None
     if settings.dataset != "none":
-        model, questions = jobs._open(settings.updated(max_samples=-1))
+        model, questions = open_both(settings.updated(max_samples=-1))
         return model, questions, texts
-    jobs._quiet()
-    model = load_model(
-        settings.model_path,
-        dtype=settings.dtype,
-        engine=settings.engine,
-        device_map=settings.device_map,
-        self_check=settings.self_check,
-        trust_remote_code=settings.trust_remote_code,
-        adapter_path=settings.adapter_path,
-    )
+    model = open_model(settings)
     return model, None, texts
 
 
@@ -129,7 +108,9 @@ def _text_data(model: Model, texts: Texts, settings: AblateSettings) -> ablation
 
 def run_ablate(settings: AblateSettings) -> Path:
     """Remove heads and MLPs, write tables, arrays, figures and a summary; the directory."""
-    return in_run_dir(settings, partial(_ablate, settings))
+    with run_dir(settings.output_dir, settings.experiment_name) as path:
+        _ablate(settings, path)
+    return path
 
 
 def _ablate(settings: AblateSettings, path: Path) -> None:
@@ -173,7 +154,7 @@ def _ablate(settings: AblateSettings, path: Path) -> None:
     text = summarise(table, meta, found.get("texts"))
     write_text(path / "summary.md", text)
     write_json(path / "meta.json", meta)
-    jobs.say(text)
+    say(text)
 
 
 def _timed(model: Model, data: ablation.Data, settings: AblateSettings) -> dict[str, float] | None:
