@@ -196,3 +196,17 @@ def test_weights_add_next_to_nothing_to_resident_memory():
     assert added < 0.05 * weights
     assert model.info.n_layers == 16
     assert model.n_ctx == 131072
+
+
+def test_a_disagreement_with_hugging_face_is_said(tiny, questions, monkeypatch):
+    from tl_headnorm import hf
+
+    original = hf.batch_norms
+
+    def off_by_a_percent(*args, **kwargs):
+        return {name: value * 1.01 for name, value in original(*args, **kwargs).items()}
+
+    monkeypatch.setattr(hf, "batch_norms", off_by_a_percent)
+    with pytest.warns(UserWarning, match="Hugging Face disagrees"):
+        run = collect(tiny, questions, validate_samples=3, progress=False)
+    assert run.attrs["validated_against_hf"] == pytest.approx(0.0099, abs=1e-4)

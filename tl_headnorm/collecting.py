@@ -295,6 +295,8 @@ def collect(
     if settings.validate_samples:
         checked = hf.validate(model, run, prepared.encoded, settings, settings.validate_samples)
         run.attrs["validated_against_hf"] = checked["worst_relative"]
+        if not checked["passed"]:
+            warnings.warn(f"Hugging Face disagrees: {hf.describe(checked)}", stacklevel=2)
     run.attrs["finished_at"] = results.now()
     return run
 
