@@ -11,11 +11,8 @@ from tl_headnorm import cli
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
 SHELL = "\n".join(body for kind, body in BLOCKS if kind == "bash").replace("\\\n", " ")
-COMMANDS = [
-    line.partition(" #")[0].strip()
-    for line in SHELL.splitlines()
-    if re.match(r"(python -m tl_headnorm|tl-headnorm) ", line)
-]
+PROGRAM = re.compile(r"^(python -m tl_headnorm|tl-headnorm) ")
+COMMANDS = [line.partition(" #")[0].strip() for line in SHELL.splitlines() if PROGRAM.match(line)]
 
 
 def test_there_are_commands_of_every_kind():
@@ -30,7 +27,7 @@ def test_there_are_commands_of_every_kind():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    arguments = shlex.split(re.sub(r"^python -m tl_headnorm|^tl-headnorm", "", command))
+    arguments = shlex.split(PROGRAM.sub("", command))
     name, settings = cli.parse(arguments)
     assert name == arguments[0]
     assert settings is not None
