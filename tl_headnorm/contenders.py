@@ -133,22 +133,27 @@ def _hf_hooks(bench: Bench) -> Run:
     return in_batches(bench, step)
 
 
-def _tl_stock(bench: Bench) -> Run:
-    model = copied_model(bench)
-    tl = model.tl
+def _tl_stock(return_type: str | None) -> Callable[[Bench], Run]:
+    """Stock TransformerLens; `return_type` None leaves the unembedding out, "logits" is stock."""
 
-    def step(batch: Batch) -> dict[str, Tensor]:
-        _, cache = tl.run_with_cache(
-            batch.ids.to(model.device),
-            attention_mask=batch.mask.to(model.device),
-            names_filter=lambda name: name.endswith("hook_z"),
-            return_type=None,
-        )
-        layers = range(model.info.n_layers)
-        pairs = [straightforward(cache[hooks.z_name(i)], tl.blocks[i].attn.W_O) for i in layers]
-        return both_aggregations(pairs, batch.mask)
+    def open_run(bench: Bench) -> Run:
+        model = copied_model(bench)
+        tl = model.tl
 
-    return in_batches(bench, step)
+        def step(batch: Batch) -> dict[str, Tensor]:
+            _, cache = tl.run_with_cache(
+                batch.ids.to(model.device),
+                attention_mask=batch.mask.to(model.device),
+                names_filter=lambda name: name.endswith("hook_z"),
+                return_type=return_type,
+            )
+            layers = range(model.info.n_layers)
+            pairs = [straightforward(cache[hooks.z_name(i)], hooks.W_O(tl, i)) for i in layers]
+            return both_aggregations(pairs, batch.mask)
+
+        return in_batches(bench, step)
+
+    return open_run
 
 
 def _nnsight(bench: Bench) -> Run:
@@ -219,7 +224,8 @@ class Contender:
 CONTENDERS: dict[str, Contender] = {
     "hf_forward": Contender(_hf_forward),
     "hf_hooks": Contender(_hf_hooks),
-    "tl_stock": Contender(_tl_stock),
+    "tl_stock": Contender(_tl_stock("logits")),
+    "tl_stock-logits": Contender(_tl_stock(None)),
     "nnsight": Contender(_nnsight, lambda: find_spec("nnsight") is not None),
     "ours_last": Contender(_ours("last")),
     "ours_all": Contender(_ours("all")),
