@@ -92,9 +92,9 @@ def samples(n=12):
 def test_out_of_memory_halves_and_neither_loses_nor_repeats(monkeypatch):
     model = load_model(hf_model=llama())
     truth = measure_samples(model, samples())
-    from tl_headnorm import collecting
+    from tl_headnorm import measuring
 
-    original, sizes = collecting.Measurer.__call__, []
+    original, sizes = measuring.Measurer.__call__, []
 
     def small_memory(self, batch):
         sizes.append(batch.ids.numel())
@@ -102,7 +102,7 @@ def test_out_of_memory_halves_and_neither_loses_nor_repeats(monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return original(self, batch)
 
-    monkeypatch.setattr(collecting.Measurer, "__call__", small_memory)
+    monkeypatch.setattr(measuring.Measurer, "__call__", small_memory)
     found = measure_samples(model, samples(), batch_size=12)
     assert max(sizes) > 20
     assert (found.moments[NAMES[0]].n == 12).all()
@@ -110,12 +110,12 @@ def test_out_of_memory_halves_and_neither_loses_nor_repeats(monkeypatch):
 
 
 def test_out_of_memory_on_a_single_prompt_is_one_line(monkeypatch):
-    from tl_headnorm import collecting
+    from tl_headnorm import measuring
 
     def none_left(self, batch):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")
 
-    monkeypatch.setattr(collecting.Measurer, "__call__", none_left)
+    monkeypatch.setattr(measuring.Measurer, "__call__", none_left)
     with pytest.raises(InputError, match="expected room for one prompt"):
         measure_samples(load_model(hf_model=llama()), samples(3))
 

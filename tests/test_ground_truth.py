@@ -84,9 +84,9 @@ def test_padding_and_batching_change_nothing(token_agg, padding_side, batch_size
 
 def test_the_padding_test_can_fail(monkeypatch):
     """A double that takes mask.sum(1) - 1 for the last token is wrong on the left, only there."""
-    from tl_headnorm import collecting
+    from tl_headnorm import measuring
 
-    monkeypatch.setattr(collecting, "last_real_position", lambda mask: mask.sum(1) - 1)
+    monkeypatch.setattr(measuring, "last_real_position", lambda mask: mask.sum(1) - 1)
     tl = hooked()
     truth = [plain_norms(tl, n, "last")[OUTPUT] for n in (9, 6, 3)]
     by_side = {

@@ -16,10 +16,10 @@ LEVELS = (
     {"cli"},
     {"jobs", "demo"},
     {"studies", "figures", "bench", "contenders", "agreement"},
-    {"intervene", "collecting"},
+    {"intervene", "collecting", "measuring"},
     {"model", "families", "bridge", "adapters", "selfcheck", "hooks", "hf"}
     | {"data", "results", "memory", "fast", "store"},
-    {"measures", "stats", "config", "files", "errors", "shapes", "tiny"},
+    {"measures", "stats", "commands", "config", "files", "errors", "shapes", "tiny"},
 )
 LEVEL = {name: height for height, level in enumerate(reversed(LEVELS)) for name in level}
 # The oracle must not share the code under test. (Directly: it hands the run to `collecting`.)

@@ -3,149 +3,18 @@
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, get_args
 
-from tl_headnorm.config.attribute import AttributeSettings
-from tl_headnorm.config.run import (
-    BenchSettings,
-    DemoSettings,
-    EvaluateSettings,
-    Settings,
-    check_config,
-)
-from tl_headnorm.config.studies import AblateSettings, MassiveSettings
+from tl_headnorm.commands import COMMANDS
+from tl_headnorm.config.run import check_config
 from tl_headnorm.errors import InputError, first_line, nearest, unknown
 
 _UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments: (-*)([^=\s]+)")
 _WRONG_TYPE = re.compile(r'Parser key "([\w.]+)":? (?:Expected a (.+?)\. Got value: (.*)|(.*))')
 _NONE_FITS = re.compile(r"Union subtypes Subtypes: (.*) Given value: (.*)")
-DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: its help line, its settings' class, and what runs it (returns an exit code)."""
-
-    help: str
-    settings: type
-    run: Callable[[Any], int]
-    skip: tuple[str, ...] = ()  # inherited settings that would do nothing here
-
-    @property
-    def names(self) -> list[str]:
-        """Its settings' names."""
-        return [f.name for f in fields(self.settings) if f.name not in self.skip]
-
-
-def _demo(settings: DemoSettings) -> int:
-    from tl_headnorm.demo import run_demo
-
-    print(run_demo(settings))
-    return DONE
-
-
-def _collect(settings: Settings) -> int:
-    from tl_headnorm.jobs.run import run_collect
-
-    print(run_collect(settings))
-    return DONE
-
-
-def _validate(settings: Settings) -> int:
-    from tl_headnorm.jobs.run import run_validate
-
-    path, passed = run_validate(settings)
-    print(path)
-    return DONE if passed else CHECK_FAILED
-
-
-def _evaluate(settings: EvaluateSettings) -> int:
-    from tl_headnorm.jobs.run import run_evaluate
-
-    print(run_evaluate(settings))
-    return DONE
-
-
-def _bench(settings: BenchSettings) -> int:
-    from tl_headnorm.jobs.run import run_bench
-
-    print(run_bench(settings))
-    return DONE
-
-
-def _ablate(settings: AblateSettings) -> int:
-    from tl_headnorm.jobs.studies import run_ablate
-
-    print(run_ablate(settings))
-    return DONE
-
-
-def _massive(settings: MassiveSettings) -> int:
-    from tl_headnorm.jobs.massive import run_massive
-
-    print(run_massive(settings))
-    return DONE
-
-
-# Settings of a run that do nothing in a study of many runs.
-def _attribute(settings: AttributeSettings) -> int:
-    from tl_headnorm.jobs.attribute import run_attribute
-
-    print(run_attribute(settings))
-    return DONE
-
-
-_NOT_IN_STUDIES = ("per_sample", "score_answers", "validate_samples")
-COMMANDS: dict[str, Command] = {
-    "demo": Command(
-        "The main job on the built-in model: needs no weights, no data, no network.",
-        DemoSettings,
-        _demo,
-    ),
-    "collect": Command(
-        "Measure every head over a dataset and write a run directory.", Settings, _collect
-    ),
-    "validate": Command(
-        "Compare the same numbers with Hugging Face's own forward.", Settings, _validate
-    ),
-    "evaluate": Command(
-        "Accuracy by answer letter, or by the likelihood of each option's text.",
-        EvaluateSettings,
-        _evaluate,
-        skip=(
-            "token_agg",
-            "exclude_first_token",
-            "per_sample",
-            "score_answers",
-            "validate_samples",
-        ),
-    ),
-    "ablate": Command(
-        "Remove heads or MLPs and measure answers, loss and perplexity.",
-        AblateSettings,
-        _ablate,
-        skip=_NOT_IN_STUDIES,
-    ),
-    "massive": Command(
-        "Find massive activations, who makes them, and what they are for.",
-        MassiveSettings,
-        _massive,
-        skip=(*_NOT_IN_STUDIES, "token_agg", "exclude_first_token"),
-    ),
-    "attribute": Command(
-        "Score every head's share in the answers, and check the scores by pruning.",
-        AttributeSettings,
-        _attribute,
-        skip=(*_NOT_IN_STUDIES, "token_agg", "exclude_first_token"),
-    ),
-    "bench": Command(
-        "Time the same prompts through Hugging Face, TransformerLens and this package.",
-        BenchSettings,
-        _bench,
-    ),
-}
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def build_parser() -> Any:
@@ -163,7 +32,10 @@ def build_parser() -> Any:
     for name, command in COMMANDS.items():
         sub = ArgumentParser(description=command.help, exit_on_error=False)
         sub.add_argument("--config", action="config", help="YAML file with settings (same keys).")
-        sub.add_class_arguments(command.settings, as_group=False, skip=set(command.skip))
+        skip = {*command.skip, *([command.positional] if command.positional else [])}
+        sub.add_class_arguments(command.settings, as_group=False, skip=skip)
+        if command.positional:
+            sub.add_argument(command.positional, nargs="*", help="Directories.")
         commands.add_subcommand(name, sub, help=command.help)
     return parser
 
