@@ -8,7 +8,7 @@ import pytest
 import torch
 from handmade import as_model, hooked, llama
 
-from tl_headnorm import hooks
+from tl_headnorm import hooks, points
 from tl_headnorm.config.studies import ABLATION_METHODS, AblateSettings
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.texts import read_texts, windows
@@ -71,7 +71,7 @@ def test_all_heads_zero_leave_the_output_bias():
     )
     resid = run_hooked(tl, Start(ids), torch.ones_like(ids), [edit])
     torch.testing.assert_close(resid, tl.embed(ids) + hooks.b_O(tl, 0))
-    with tl.hooks(fwd_hooks=[(hooks.attn_out_name(0), lambda x, hook: 0 * x + hooks.b_O(tl, 0))]):
+    with tl.hooks(fwd_hooks=[(points.attn_out(0), lambda x, hook: 0 * x + hooks.b_O(tl, 0))]):
         torch.testing.assert_close(resid, tl(ids, stop_at_layer=1))
 
 

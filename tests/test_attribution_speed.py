@@ -12,10 +12,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from tl_headnorm import fast
+from tl_headnorm import fast, points
 from tl_headnorm.config.attribute import AttributeSettings
 from tl_headnorm.data.questions import load_questions
-from tl_headnorm.hooks import z_name
 from tl_headnorm.model import load_model
 from tl_headnorm.studies.attribution.methods import quadrature
 from tl_headnorm.studies.attribution.study import open_job, run_methods
@@ -42,7 +41,7 @@ def gated_loss(tl, batch):
             return z * gates[:, hook.layer()][:, None, :, None]
 
         n = len(gates) // len(batch)  # captum stacks the steps: all rows of one step together
-        hooks = [(z_name(layer), edit) for layer in range(tl.cfg.n_layers)]
+        hooks = [(points.z(layer), edit) for layer in range(tl.cfg.n_layers)]
         rows, real = ids.repeat(n, 1), mask.repeat(n, 1)
         logits = tl.run_with_hooks(rows, attention_mask=real, fwd_hooks=hooks)
         at = logits[torch.arange(len(rows)), last.repeat(n)]

@@ -11,7 +11,7 @@ import torch
 from handmade import FAMILY_MODELS, family_model
 from test_oracle import random_samples, worst
 
-from tl_headnorm import fast, hf, hooks
+from tl_headnorm import fast, hf, hooks, points
 from tl_headnorm.collecting import measure_samples
 from tl_headnorm.errors import InputError
 from tl_headnorm.families import FAMILIES, has_hooked
@@ -55,7 +55,7 @@ def test_logits_equal_hugging_face_in_float64(name, left):
 def test_heads_sum_to_the_attention_output(name):
     model = load_model(hf_model=family_model(name, torch.float64), engine="hooked")
     ids, mask = inputs()
-    names = [hooks.attn_out_name(layer) for layer in range(model.info.n_layers)]
+    names = [points.attn_out(layer) for layer in range(model.info.n_layers)]
     seen = hooks.run_z(model.tl, ids, mask, extra=names)
     for layer, out in enumerate(names):
         total = torch.einsum("bphd,hdm->bpm", seen.z[layer], hooks.W_O(model.tl, layer))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from handmade import llama
 
-from tl_headnorm import fast, hooks
+from tl_headnorm import fast, hooks, points
 from tl_headnorm.model import load_model
 
 
@@ -76,7 +76,7 @@ def test_gradients_equal_the_stock_ones(tl):
         def scale(z, hook, gate=gate):
             return z * gate[:, None]
 
-        with tl.hooks(fwd_hooks=[(hooks.z_name(1), scale)]):
+        with tl.hooks(fwd_hooks=[(points.z(1), scale)]):
             tl(ids, attention_mask=mask)[mask.bool()].pow(2).sum().backward()
         found.append(gate.grad)
         if fast.installed(tl):

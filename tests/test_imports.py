@@ -19,7 +19,7 @@ LEVELS = (
     {"intervene", "collecting", "measuring"},
     {"model", "families", "bridge", "adapters", "selfcheck", "hooks", "hf"}
     | {"data", "results", "memory", "fast", "store"},
-    {"measures", "stats", "commands", "config", "files", "errors", "shapes", "tiny"},
+    {"measures", "points", "stats", "commands", "config", "files", "errors", "shapes", "tiny"},
 )
 LEVEL = {name: height for height, level in enumerate(reversed(LEVELS)) for name in level}
 # The oracle must not share the code under test. (Directly: it hands the run to `collecting`.)

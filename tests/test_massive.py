@@ -8,9 +8,9 @@ import pytest
 import torch
 from handmade import as_model, hooked
 
+from tl_headnorm import points
 from tl_headnorm.config.studies import MassiveSettings
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.hooks import attn_out_name
 from tl_headnorm.intervene import edits
 from tl_headnorm.intervene.activations import largest, massive
 from tl_headnorm.intervene.edits import SetActivations, Start
@@ -117,7 +117,9 @@ def test_a_head_is_not_a_slice_of_the_attention_output():
         ids = torch.tensor([TOKENS])
         kept = {}
         readers = edits.read_resid([1], True, kept.__setitem__)
-        edits.run_hooked(tl, Start(ids), torch.ones_like(ids), [(attn_out_name(1), cut), *readers])
+        edits.run_hooked(
+            tl, Start(ids), torch.ones_like(ids), [(points.attn_out(1), cut), *readers]
+        )
         sliced[head] = float(largest(kept[1], torch.ones_like(ids)).top[0, 0])
     assert sliced[0] > 499
     assert sliced[1] < 3

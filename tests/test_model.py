@@ -7,7 +7,7 @@ import pytest
 import torch
 from handmade import llama
 
-from tl_headnorm import hooks
+from tl_headnorm import hooks, points
 from tl_headnorm.errors import InputError
 from tl_headnorm.model import load_model
 from tl_headnorm.selfcheck import check_model, relative_difference
@@ -83,7 +83,7 @@ def test_weights_are_shared_not_copied():
 def test_heads_sum_to_the_attention_output():
     model = load_model(hf_model=llama(dtype=torch.float64, attention_bias=True))
     ids = torch.arange(20)[None]
-    names = [hooks.attn_out_name(layer) for layer in range(3)]
+    names = [points.attn_out(layer) for layer in range(3)]
     seen = hooks.run_z(model.tl, ids, torch.ones_like(ids), extra=names)
     z, outputs = seen.z, seen.extra
     for layer, name in enumerate(names):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from handmade import llama
 
-from tl_headnorm import hf, hooks
+from tl_headnorm import hf, hooks, points
 from tl_headnorm.collecting import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.model import load_model
@@ -61,7 +61,7 @@ def test_the_oracle_catches_slicing_the_output_of_W_O():
     rival = []
     for sample in samples:
         ids = torch.tensor([sample.ids])
-        names = [hooks.attn_out_name(layer) for layer in range(3)]
+        names = [points.attn_out(layer) for layer in range(3)]
         outputs = hooks.run_z(model.tl, ids, torch.ones_like(ids), extra=names).extra
         rows = [outputs[name][0, -1].reshape(6, 8).norm(dim=-1).numpy() for name in names]
         rival.append(rows)

@@ -12,7 +12,7 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from tl_headnorm import fast, hooks
+from tl_headnorm import fast, hooks, points
 from tl_headnorm.collecting import measure_samples
 from tl_headnorm.config.run import BenchSettings, Settings
 from tl_headnorm.data.batches import Batch, batches_in_order
@@ -148,7 +148,7 @@ def _tl_stock(return_type: str | None) -> Callable[[Bench], Run]:
                 return_type=return_type,
             )
             layers = range(model.info.n_layers)
-            pairs = [straightforward(cache[hooks.z_name(i)], hooks.W_O(tl, i)) for i in layers]
+            pairs = [straightforward(cache[points.z(i)], hooks.W_O(tl, i)) for i in layers]
             return both_aggregations(pairs, batch.mask)
 
         return in_batches(bench, step)

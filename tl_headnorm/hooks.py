@@ -1,4 +1,4 @@
-"""The only file that names TransformerLens hook points: read z, edit z, score the last token."""
+"""The forward passes: read z, edit z, score the last token."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,6 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tl_headnorm import points
 from tl_headnorm.bridge import beginning_at, is_bridge, real_tokens_last, stopping_after_blocks
 from tl_headnorm.errors import InputError
 from tl_headnorm.fast import Tail, stopping_at
@@ -19,17 +20,9 @@ from tl_headnorm.measures import take_position
 ZByLayer = dict[int, Float[Tensor, "batch pos head d_head"]]
 
 
-def z_name(layer: int) -> str:
-    return f"blocks.{layer}.attn.hook_z"
-
-
-def attn_out_name(layer: int) -> str:
-    return f"blocks.{layer}.hook_attn_out"
-
-
 def head_sum_name(tl: Any, layer: int) -> str:
     """Where the sum over the heads (and b_O) is seen: before a norm that may follow it."""
-    return f"blocks.{layer}.attn.hook_out" if is_bridge(tl) else attn_out_name(layer)
+    return f"blocks.{layer}.attn.hook_out" if is_bridge(tl) else points.attn_out(layer)
 
 
 def W_O(tl: Any, layer: int) -> Float[Tensor, "head d_head d_model"]:
@@ -83,7 +76,7 @@ def run_prefix(tl: Any, ids: Sequence[int]) -> Prefix:
 
     _check_length(tl, len(ids))
     cache = TransformerLensKeyValueCache.init_cache(tl.cfg, tl.cfg.device, 1)
-    names = {z_name(layer): layer for layer in range(tl.cfg.n_layers)}
+    names = {points.z(layer): layer for layer in range(tl.cfg.n_layers)}
     _, found = tl.run_with_cache(
         tokens,
         attention_mask=torch.ones_like(tokens),
@@ -129,7 +122,7 @@ def run_z(
     if is_bridge(tl):
         return _run_bridge(tl, ids, mask, prefix, tail, extra)
     n_layers = tl.cfg.n_layers
-    names = {z_name(layer): layer for layer in range(n_layers)}
+    names = {points.z(layer): layer for layer in range(n_layers)}
     wanted = {*names, *extra}
     past = _for_batch(tl, prefix, len(ids)) if prefix else None
     with stopping_at(tl, tail) if tail else nullcontext(False) as shortened:
@@ -162,7 +155,7 @@ def _run_bridge(
     tl: Any, ids: Tensor, mask: Tensor, prefix: Prefix | None, tail: Tail | None, extra: Sequence
 ) -> Pass:
     """run_z on a bridge, where a prefix stands before every row and no block is cut short."""
-    names = {z_name(layer): layer for layer in range(tl.cfg.n_layers)}
+    names = {points.z(layer): layer for layer in range(tl.cfg.n_layers)}
     wanted = {*names, *extra}
     ids, mask, back = _with_prefix(ids, mask, prefix)
     with stopping_after_blocks(tl):
@@ -290,5 +283,5 @@ def zero_heads(tl: Any, heads: Sequence[tuple[int, int]]) -> Iterator[None]:
 
         return zero
 
-    with tl.hooks(fwd_hooks=[(z_name(layer), editor(hs)) for layer, hs in by_layer.items()]):
+    with tl.hooks(fwd_hooks=[(points.z(layer), editor(hs)) for layer, hs in by_layer.items()]):
         yield

@@ -1,6 +1,6 @@
 """Interventions of the studies: edits of z, MLPs and residuals, and starts at a later layer.
 
-Like hooks.py, and with its names, this file belongs to the only layer that touches hook points.
+Like hooks.py, this file belongs to the only layer that touches hook points.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,30 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_headnorm import points
 from tl_headnorm.bridge import is_bridge
 from tl_headnorm.errors import InputError
 from tl_headnorm.fast import Tail, stopping_at
-from tl_headnorm.hooks import W_O, b_O, to_last_block, z_name
+from tl_headnorm.hooks import W_O, b_O, to_last_block
 from tl_headnorm.intervene.activations import massive
 from tl_headnorm.measures import contribution_factor, resid_contrib_norm, take_position
 
 Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
-
-
-def resid_pre_name(layer: int) -> str:
-    return f"blocks.{layer}.hook_resid_pre"
-
-
-def resid_post_name(layer: int) -> str:
-    return f"blocks.{layer}.hook_resid_post"
-
-
-def mlp_out_name(layer: int) -> str:
-    return f"blocks.{layer}.hook_mlp_out"
-
-
-def pattern_name(layer: int) -> str:
-    return f"blocks.{layer}.attn.hook_pattern"
 
 
 def can_start_late(tl: Any) -> bool:
@@ -122,7 +107,7 @@ def replace_heads(
         grid = z.unflatten(0, (chosen.shape[0], chosen.shape[1]))
         return torch.where(chosen[:, :, None, :, None], values.to(z.dtype), grid).flatten(0, 1)
 
-    return z_name(layer), edit
+    return points.z(layer), edit
 
 
 def drop_mlp(tl: Any, layer: int, chosen: Bool[Tensor, " row"]) -> Hook:
@@ -133,7 +118,7 @@ def drop_mlp(tl: Any, layer: int, chosen: Bool[Tensor, " row"]) -> Hook:
     def edit(out: Tensor, hook: Any) -> Tensor:
         return out.masked_fill(chosen[:, None, None], 0)
 
-    return mlp_out_name(layer), edit
+    return points.mlp_out(layer), edit
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +151,7 @@ def set_activations(change: SetActivations, mask: Int[Tensor, "row pos"]) -> Hoo
         new = x.new_zeros(()) if change.values is None else change.values.to(x.dtype)
         return torch.where(change.entries(x, mask), new, x)
 
-    return resid_post_name(change.layer), edit
+    return points.resid_post(change.layer), edit
 
 
 def read_z(layers: Sequence[int], take: Callable[[int, Tensor], None]) -> list[Hook]:
@@ -178,7 +163,7 @@ def read_z(layers: Sequence[int], take: Callable[[int, Tensor], None]) -> list[H
 
         return read
 
-    return [(z_name(layer), reader(layer)) for layer in layers]
+    return [(points.z(layer), reader(layer)) for layer in layers]
 
 
 def read_resid(
@@ -192,7 +177,7 @@ def read_resid(
 
         return read
 
-    name = resid_post_name if post else resid_pre_name
+    name = points.resid_post if post else points.resid_pre
     return [(name(layer), reader(layer)) for layer in layers]
 
 
@@ -234,13 +219,13 @@ def read_sinks(
             column = pattern[torch.arange(len(at), device=at.device), :, :, at]
             weights[layer] = mean(column.transpose(1, 2).double())
 
-        return pattern_name(layer), read
+        return points.pattern(layer), read
 
     def on_z(layer: int) -> Hook:
         def read(z: Tensor, hook: Any) -> None:
             sizes[layer] = mean(resid_contrib_norm(z, factors[layer]).double())
 
-        return z_name(layer), read
+        return points.z(layer), read
 
     layers = range(tl.cfg.n_layers)
     run_hooked(tl, Start(ids), mask, [*map(on_pattern, layers), *map(on_z, layers)])

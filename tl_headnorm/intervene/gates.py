@@ -1,8 +1,7 @@
 """Gates on heads: z_h becomes base_h + gate * (z_h - base_h) at every position.
 
-Part of the hooks layer: besides hooks.py the only file that names hook points. Passes may begin
-at any layer from a residual stream kept earlier, and take a row of gates per batch row, so that
-many settings of the gates run in one batch.
+Part of the hooks layer. Passes may begin at any layer from a residual stream kept earlier, and take
+a row of gates per batch row, so that many settings of the gates run in one batch.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,21 +11,14 @@ from typing import Any
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from tl_headnorm import points
 from tl_headnorm.fast import Tail, stopping_at
-from tl_headnorm.hooks import to_last_block, z_name
+from tl_headnorm.hooks import to_last_block
 from tl_headnorm.measures import take_position
 
 GateRows = Float[Tensor, "#row layer head"]
 # Per layer, what a head's z becomes at gate 0: the same everywhere, or one per row and position.
 Base = Mapping[int, Shaped[Tensor, "#row #pos head d_head"]]
-
-
-def resid_name(layer: int) -> str:
-    return f"blocks.{layer}.hook_resid_pre"
-
-
-def pattern_name(layer: int) -> str:
-    return f"blocks.{layer}.attn.hook_pattern"
 
 
 def _gate_hook(gate: Float[Tensor, "_ head"], base: Tensor | None, last: Tensor | None) -> Any:
@@ -72,11 +64,11 @@ def run_gated(
         return keep_it
 
     edits = [
-        (z_name(layer), _gate_hook(gates[:, layer], None if base is None else base[layer], last))
+        (points.z(layer), _gate_hook(gates[:, layer], None if base is None else base[layer], last))
         for layer in layers
         if layer >= start_layer
     ]
-    readers = [(resid_name(layer), keeper(layer)) for layer in keep]
+    readers = [(points.resid_pre(layer), keeper(layer)) for layer in keep]
     with (
         stopping_at(tl, tail) if tail else nullcontext(False) as shortened,
         tl.hooks(fwd_hooks=[*edits, *readers]),
@@ -91,7 +83,7 @@ def patterns(
     tl: Any, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> list[Float[Tensor, "batch head q k"]]:
     """Attention weights of every layer."""
-    names = [pattern_name(layer) for layer in range(tl.cfg.n_layers)]
+    names = [points.pattern(layer) for layer in range(tl.cfg.n_layers)]
     _, found = tl.run_with_cache(
         ids,
         attention_mask=mask,
@@ -106,7 +98,7 @@ def z_of(
     tl: Any, ids: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"]
 ) -> dict[int, Float[Tensor, "batch pos head d_head"]]:
     """z of every layer at every position."""
-    names = {z_name(layer): layer for layer in range(tl.cfg.n_layers)}
+    names = {points.z(layer): layer for layer in range(tl.cfg.n_layers)}
     _, found = tl.run_with_cache(
         ids,
         attention_mask=mask,
