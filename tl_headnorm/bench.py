@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from tl_headnorm import results
 from tl_headnorm.config.run import BenchSettings
-from tl_headnorm.contenders import CONTENDERS, Bench, Values, open_bench
+from tl_headnorm.contenders import CONTENDERS, Bench, Contender, Values, open_bench
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError, unknown
 from tl_headnorm.hf import TOLERANCE, compare
+from tl_headnorm.study_contenders import STUDIES, STUDY_TOLERANCE
 
 WORKLOAD = Path(__file__).parent / "workloads" / "arc_challenge_llama3.json"
 
@@ -89,21 +90,34 @@ def trim_heap() -> None:
             return
 
 
-def check_agreement(found: Mapping[str, Values], dtype: str) -> dict[str, float]:
+def of_largest(found: np.ndarray, reference: np.ndarray) -> float:
+    """Worst difference as a share of the reference's largest value."""
+    return float(np.abs(found - reference).max() / np.abs(reference).max())
+
+
+def of_each(found: np.ndarray, reference: np.ndarray) -> float:
+    """Worst difference relative to the value itself."""
+    return float(compare(found, reference)["worst_relative"])
+
+
+def check_agreement(
+    found: Mapping[str, Values], dtype: str, task: str = "norms"
+) -> dict[str, float]:
     """Worst relative difference of every contender to the reference; InputError beyond it.
 
-    The reference is `hf_hooks` where it runs, else the first contender that gives values.
+    The reference is `hf_hooks` where it runs, else the first contender that gives values. Scores
+    of heads are compared by the largest of them: many are zero but for rounding.
     """
     with_values = {name: values for name, values in found.items() if values}
     if not with_values:
         return {}
     reference = with_values.get("hf_hooks") or next(iter(with_values.values()))
-    tolerance, worst = TOLERANCE[dtype][0], {}
+    norms = task == "norms"
+    tolerance = TOLERANCE[dtype][0] if norms else STUDY_TOLERANCE[dtype]
+    differ, worst = of_each if norms else of_largest, {}
     for name, values in with_values.items():
         shared = values.keys() & reference.keys()
-        worst[name] = max(
-            (compare(values[key], reference[key])["worst_relative"] for key in shared), default=0.0
-        )
+        worst[name] = max((differ(values[key], reference[key]) for key in shared), default=0.0)
         if worst[name] > tolerance:
             raise InputError(
                 f"bench: expected {name} to agree with the others within {tolerance:g}, found a "
@@ -112,22 +126,28 @@ def check_agreement(found: Mapping[str, Values], dtype: str) -> dict[str, float]
     return worst
 
 
+def contenders_of(task: str) -> Mapping[str, Contender]:
+    """The ways to one task's numbers; the first is what throughput is divided by."""
+    return CONTENDERS if task == "norms" else STUDIES[task]
+
+
 def run_bench(settings: BenchSettings) -> dict[str, Any]:
     """Run the contenders on the same prompts, `repeats` times in turn; what bench.json holds."""
-    names = settings.contenders or [n for n, c in CONTENDERS.items() if c.by_default()]
+    known = contenders_of(settings.task)
+    names = settings.contenders or [n for n, c in known.items() if c.by_default()]
     for name in names:
-        if name not in CONTENDERS:
-            raise unknown("contender", name, CONTENDERS)
+        if name not in known:
+            raise unknown("contender", name, known)
     bench = open_bench(settings)
     samples = bench.samples or workload(settings.samples, bench.model.tl.cfg.d_vocab, settings.seed)
     runs, loads = {}, {}
     for name in names:
         clock = time.perf_counter()
-        runs[name] = CONTENDERS[name].open(bench)
+        runs[name] = known[name].open(bench)
         loads[name] = time.perf_counter() - clock + bench.hf_load_seconds
     few = samples[: COMPARED_BATCHES * settings.batch_size]
     first = {name: run(few) for name, run in tqdm(runs.items(), unit="run", desc="compare")}
-    differences = check_agreement(first, bench.model.info.dtype)
+    differences = check_agreement(first, bench.model.info.dtype, settings.task)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks = dict.fromkeys(names, 0)
     rounds = [name for _ in range(settings.repeats) for name in names]
@@ -162,7 +182,8 @@ def _report(
     differences: Mapping[str, float],
 ) -> dict[str, Any]:
     tokens = sum(len(sample) for sample in samples)
-    base = seconds.get("hf_forward")
+    reference = next(iter(contenders_of(bench.settings.task)))
+    base = seconds.get(reference)
     rows = {}
     for name, times in seconds.items():
         # Ratios are taken round by round: what slows the machine slows neighbours alike.
@@ -172,14 +193,16 @@ def _report(
             "spread": [len(samples) / max(times), len(samples) / min(times)],
             "tokens_per_second": tokens / median(times),
             "peak_memory_above_weights_bytes": peaks[name],
-            "ratio_to_hf_forward": median(ratios) if ratios else None,
+            f"ratio_to_{reference}": median(ratios) if ratios else None,
             "load_seconds": loads[name],
             "worst_relative_difference": differences.get(name),
         }
     info = bench.model.info
     return {
         "machine": machine(bench.model.device),
+        "base": reference,
         "workload": {
+            "task": bench.settings.task,
             "model": info.as_dict(),
             "samples": len(samples),
             "tokens": tokens,
@@ -208,10 +231,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> str:
     """The report as a table of at most 80 columns."""
     head = f"{'contender':<17}{'samples/s':>10}{'min':>8}{'max':>8}{'tokens/s':>10}"
-    head += f"{'peak MiB':>10}{'x forward':>11}"
+    base = report["base"]
+    head += f"{'peak MiB':>10}{'x ' + base.removeprefix('hf_'):>11}"
     lines = [head]
     for name, row in report["contenders"].items():
-        ratio = row["ratio_to_hf_forward"]
+        ratio = row[f"ratio_to_{base}"]
         low, high = row["spread"]
         lines.append(
             f"{name:<17}{row['samples_per_second']:>10.2f}{low:>8.2f}{high:>8.2f}"

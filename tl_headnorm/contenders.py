@@ -21,6 +21,7 @@ from tl_headnorm.data.questions import load_questions
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.families import build_hooked
 from tl_headnorm.hf import output_projections, reading_z
+from tl_headnorm.measures import choose_measures
 from tl_headnorm.model import Model, load_model, resolve_device, resolve_dtype
 from tl_headnorm.shapes import random_llama
 
@@ -37,6 +38,7 @@ class Bench:
     settings: BenchSettings
     hf_load_seconds: float
     samples: list[Encoded] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
     copied: Model | None = None
 
 
@@ -56,8 +58,10 @@ def open_bench(settings: BenchSettings) -> Bench:
         questions = load_questions(
             settings.dataset, settings.data_dir, max_samples=settings.samples
         )
-        plain = Settings(score_answers=False, max_length=min(384, model.n_ctx))
+        lettered = settings.task != "norms"
+        plain = Settings(score_answers=lettered, max_length=min(384, model.n_ctx))
         bench.samples = prepare(model.tokenizer, model.n_ctx, questions, plain).encoded
+        bench.answers = [question.answer for question in questions]
     return bench
 
 
@@ -111,6 +115,21 @@ def _hf_forward(bench: Bench) -> Run:
         return {}
 
     return in_batches(bench, step)
+
+
+def _hf_eager(bench: Bench) -> Run:
+    """The bare forward with the attention weights formed, as whoever reads them must have it."""
+    hf, run = bench.model.hf, _hf_forward(bench)
+
+    def eager(samples: Sequence[Encoded]) -> Values:
+        before = hf.config._attn_implementation
+        hf.set_attn_implementation("eager")
+        try:
+            return run(samples)
+        finally:
+            hf.set_attn_implementation(before)
+
+    return eager
 
 
 def _hf_hooks(bench: Bench) -> Run:
@@ -213,6 +232,23 @@ def _ours(token_agg: str, without: str | None = None) -> Callable[[Bench], Run]:
     return open_run
 
 
+def _ours_every_measure(bench: Bench) -> Run:
+    """This package with every measure there is; the answers' letters are tokens at random."""
+    letters = tuple(range(3, 7))
+
+    def run(samples: Sequence[Encoded]) -> Values:
+        found = measure_samples(
+            bench.model,
+            [replace(sample, letter_ids=letters) for sample in samples],
+            batch_size=bench.settings.batch_size,
+            measures=choose_measures("all"),
+            answers=[0] * (1 + max(sample.index for sample in samples)),
+        )
+        return {f"{k} last": v.astype(np.float64) for k, v in found.values.items()}
+
+    return run
+
+
 @dataclass(frozen=True)
 class Contender:
     """`open` prepares it for a model and returns what is timed."""
@@ -223,12 +259,14 @@ class Contender:
 
 CONTENDERS: dict[str, Contender] = {
     "hf_forward": Contender(_hf_forward),
+    "hf_eager": Contender(_hf_eager),
     "hf_hooks": Contender(_hf_hooks),
     "tl_stock": Contender(_tl_stock("logits")),
     "tl_stock-logits": Contender(_tl_stock(None)),
     "nnsight": Contender(_nnsight, lambda: find_spec("nnsight") is not None),
     "ours_last": Contender(_ours("last")),
     "ours_all": Contender(_ours("all")),
+    "ours_all-measures": Contender(_ours_every_measure),
     "ours_last-prefix": Contender(_ours("last", "prefix")),
     "ours_last-sort": Contender(_ours("last", "sort")),
     "ours_last-views": Contender(_ours("last", "views")),

@@ -1,7 +1,7 @@
 """How many tokens fit, and what to do when they did not."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,6 +10,8 @@ from tl_headnorm.errors import InputError, first_line
 
 # Of the free memory, what one forward pass may plan with: the rest is fragmentation's.
 SHARE = 0.5
+
+Rows = TypeVar("Rows", bound=Sequence)
 
 
 def bytes_per_token(model: Any) -> int:
@@ -48,12 +50,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def halves(batch: Sequence[Encoded], error: RuntimeError) -> list[tuple[Encoded, ...]]:
     """The batch in two; InputError where it is a single prompt already."""
+    return [tuple(part) for part in split(batch, len(batch[0]), error)]
+
+
+def split(rows: Rows, n_tokens: int, error: RuntimeError) -> list[Rows]:
+    """Rows of `n_tokens` that did not fit, in two; InputError where it is a single row already."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if len(batch) == 1:
+    if len(rows) == 1:
         raise InputError(
-            f"memory: expected room for one prompt of {len(batch[0])} tokens, found too little "
+            f"memory: expected room for one prompt of {n_tokens} tokens, found too little "
             f"({first_line(error)}); lower --max_length or use --dtype bf16"
         ) from error
-    middle = (len(batch) + 1) // 2
-    return [tuple(batch[:middle]), tuple(batch[middle:])]
+    middle = (len(rows) + 1) // 2
+    return [rows[:middle], rows[middle:]]  # type: ignore[list-item]  # a slice is of its kind

@@ -57,6 +57,8 @@ class AttributeSettings(Settings):
         norms: Finished collect run whose norms are ranked beside the methods.
         pruning_points: Most points of a pruning curve.
         random_orders: Number of random orders the curves are compared with.
+        greedy: Rounds of --validate's reference, sequential leave-one-out; 0 leaves it out, null
+            is 8 for up to 64 heads. N rounds cost about as much as N/2 runs of loo.
         permutations: Shuffles of the group labels in the permutation test.
         fdr: False discovery rate of the heads said to differ between groups.
         batch_size: Prompts per batch; steps are stacked on top of it.
@@ -83,6 +85,7 @@ class AttributeSettings(Settings):
     norms: Optional[str] = None
     pruning_points: int = 33
     random_orders: int = 5
+    greedy: Optional[int] = None
     permutations: int = 2000
     fdr: float = 0.05
     batch_size: int = 32
@@ -100,6 +103,11 @@ class AttributeSettings(Settings):
                     f"{name}: expected {least} or more, found {getattr(self, name)}; "
                     f"set --{name} to {least} or more"
                 )
+        if self.greedy is not None and (self.greedy < 0 or not self.validate):
+            raise InputError(
+                f"greedy: expected 0 or more rounds and --validate with it, found {self.greedy} "
+                f"and validate {self.validate}"
+            )
         if not self.methods:
             raise InputError("methods: expected at least one, found none; try --methods '[loo]'")
         if self.tolerance <= 0 or not 0 < self.fdr < 1:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_headnorm.figures.text import in_picture, on_page
 from tl_headnorm.files import write_bytes, write_text
 
 PALETTE = (
@@ -95,7 +96,7 @@ def to_html(section: Section) -> Any:
     columns = min(section.columns, len(panels))
     rows = -(-len(panels) // columns)
     figure = make_subplots(
-        rows, columns, subplot_titles=[p.title for p in panels],
+        rows, columns, subplot_titles=[on_page(p.title) for p in panels],
         vertical_spacing=min(0.34 / rows, 0.3), horizontal_spacing=0.3 / columns,
     )  # fmt: skip
     seen: set[str] = set()
@@ -123,7 +124,8 @@ def to_html(section: Section) -> Any:
         figure.update_xaxes(title_text=panel.x, **where)
         figure.update_yaxes(title_text=panel.y, **where)
     figure.update_layout(
-        title={"text": title, "x": 0.01}, template="plotly_white", margin={"t": 90, "b": 60},
+        title={"text": on_page(title), "x": 0.01}, template="plotly_white",
+        margin={"t": 90, "b": 60},
         width=columns * SIZES[0] + 160, height=rows * SIZES[1] + 120,
         legend={"x": 1.03, "y": 1},
     )  # fmt: skip
@@ -131,7 +133,7 @@ def to_html(section: Section) -> Any:
 
 
 def _trace(go: Any, s: Series, shown: bool) -> Any:
-    common = {"x": list(s.x), "y": list(s.y), "name": s.name, "showlegend": shown,
+    common = {"x": list(s.x), "y": list(s.y), "name": on_page(s.name), "showlegend": shown,
               "legendgroup": s.name}  # fmt: skip
     if s.kind == "bar":
         return go.Bar(marker_color=s.color, **common)
@@ -153,11 +155,11 @@ def to_png(section: Section) -> bytes:
     size = (columns * SIZES[0] / 100, rows * SIZES[1] / 100 + 0.5)
     figure = Figure(figsize=size, layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.suptitle(in_picture(title), x=0.01, ha="left", fontsize=11)
     handles: dict[str, Any] = {}
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, i + 1)
-        axes.set_title(panel.title, fontsize=9, loc="left")
+        axes.set_title(in_picture(panel.title), fontsize=9, loc="left")
         axes.set_xlabel(panel.x, fontsize=8)
         axes.set_ylabel(panel.y, fontsize=8)
         axes.tick_params(labelsize=7)
@@ -176,9 +178,9 @@ def to_png(section: Section) -> bytes:
         for s in panel.series:
             handle = _draw(axes, s)
             if s.legend and not panel.own_legend:
-                handles.setdefault(s.name, handle)
+                handles.setdefault(in_picture(s.name), handle)
         if panel.own_legend:
-            axes.legend([s.name for s in panel.series], fontsize=7, frameon=False)
+            axes.legend([in_picture(s.name) for s in panel.series], fontsize=7, frameon=False)
         if panel.series:
             axes.spines[["top", "right"]].set_visible(False)
             if panel.series[0].kind == "bar":
@@ -213,33 +215,45 @@ def of_maps(name: str, maps: Mapping[str, np.ndarray], title: str, *, shared: bo
 def of_stability(name: str, values: np.ndarray, report: Mapping[str, Any]) -> Section:
     """Correlation matrices, one sample against the mean, growth with N, heads by variance."""
     flat = values.reshape(len(values), -1).astype(np.float64)
-    maps = flat[:, np.isfinite(flat).all(0)][:300]
-    mean = maps.mean(0)
-    some = maps[: min(len(maps), 20)]
-    growth = pd.DataFrame(report["growth"])
+    maps = flat[:, np.isfinite(flat).all(0)]
+    centred = maps - maps.mean(1, keepdims=True)
+    maps, mean = maps[:300], centred.mean(0)
+    some = centred[:20]
     ranked = report["variance_ranking"][:30]
-    blue, orange, green = PALETTE[:3]
+    blue = PALETTE[0]
     n, r, rho = report["n_samples"], report["one_against_n"], report["mean_correlation"]["pearson"]
     panels = [
         Panel(f"samples' correlation, mean {rho:.3f}", "sample", "sample",
               z=_corrcoef(maps), bound=1.0),
         Panel("the same with the mean map removed", "sample", "sample",
-              z=_corrcoef(maps - mean), bound=1.0),
+              z=_corrcoef(maps - maps.mean(0)), bound=1.0),
         Panel(f"1 sample against {n}: r = {r:.3f}, predicted {report['predicted']:.3f}",
-              f"mean of {n}", "one sample",
+              f"mean of {n} samples, less its mean over heads", "one sample, likewise",
               series=[Series("one head of one sample", np.tile(mean, len(some)), some.ravel(),
                              blue, kind="points", legend=False)]),
-        Panel("correlation of 1 sample with the mean of N", "N", "correlation", series=[
-            Series("measured", growth["n"], growth["measured"], blue),
-            Series("measured, maps standardised", growth["n"], growth["measured_standardised"],
-                   green),
-            Series("predicted √(ρ+(1-ρ)/N)", growth["n"], growth["predicted"], orange, dash=True),
-        ], own_legend=True),
+        Panel("correlation of 1 sample with the mean of N", "N", "correlation",
+              series=_growth(pd.DataFrame(report["growth"])), own_legend=True),
         Panel("heads by variance over samples", "layer.head", "variance", series=[
             Series("variance", [f"{h['layer']}.{h['head']}" for h in ranked],
                    [h["variance"] for h in ranked], blue, kind="bar", legend=False)]),
     ]  # fmt: skip
     return Section(f"stability_{name}", f"How stable is {name} over samples?", panels, 3)
+
+
+def _growth(growth: pd.DataFrame) -> list[Series]:
+    """Three ways to say how alike one sample and the mean are, each with its prediction dashed."""
+    words = {
+        "pooled": "all points",
+        "mean_r": "mean r",
+        "standardised": "standardised",
+    }
+    series = []
+    for color, (key, label) in zip(PALETTE, words.items(), strict=False):
+        series += [
+            Series(label, growth["n"], growth[key], color),
+            Series(f"{label}, predicted", growth["n"], growth[f"{key}_predicted"], color, True),
+        ]
+    return series
 
 
 def _corrcoef(rows: np.ndarray) -> np.ndarray:
@@ -262,8 +276,11 @@ def of_pruning(curves: pd.DataFrame, title: str) -> Section:
             ]
             for i, method in enumerate(methods):
                 part = curves[(curves["method"] == method) & (curves["order"] == order)]
-                color = "#000000" if method == "loo" else PALETTE[i % len(PALETTE)]
-                series.append(Series(method, part["n_pruned"], part[value], color))
+                # The two references in black: exact removals, one at a time and in sequence.
+                color = "#000000" if method.startswith("loo") else PALETTE[i % len(PALETTE)]
+                series.append(
+                    Series(method, part["n_pruned"], part[value], color, dash=method == "loo")
+                )
             words = order.replace("_", " important ")
             panels.append(Panel(f"{value}, {words}", "heads pruned", value, series=series))
     return Section("pruning", title, panels, 2)

@@ -37,6 +37,32 @@ def can_start_mid(tl: Any) -> bool:
     )
 
 
+def add_heads(
+    tl: Any,
+    layer: int,
+    resid_pre: Float[Tensor, "#batch pos d_model"],
+    z: Float[Tensor, "*stack pos head d_head"],
+) -> Float[Tensor, "*stack pos d_model"]:
+    """The residual behind a layer's attention: resid_pre + sum_h z_h W_O^h + b_O."""
+    weight = W_O(tl, layer)
+    flat = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)
+    return resid_pre + F.linear(z.flatten(-2), flat, b_O(tl, layer))
+
+
+def add_mlp(
+    tl: Any,
+    layer: int,
+    resid_mid: Float[Tensor, "row pos d_model"],
+    off: Bool[Tensor, " row"] | None = None,
+) -> Float[Tensor, "row pos d_model"]:
+    """The residual behind a layer's MLP, which adds nothing in the rows `off`."""
+    if tl.cfg.attn_only:
+        return resid_mid
+    block = tl.blocks[layer]
+    out = block.mlp(block.ln2(resid_mid))
+    return resid_mid + (out if off is None else out.masked_fill(off[:, None, None], 0))
+
+
 def finish_layer(
     tl: Any,
     layer: int,
@@ -51,14 +77,9 @@ def finish_layer(
     Queries, keys, values and scores of the layer are the clean run's, so none is computed again.
     Rows are [variant, sample].
     """
-    block, weight = tl.blocks[layer], W_O(tl, layer)
     changed = torch.where(chosen[:, :, None, :, None], new.to(z.dtype), z)
-    flat = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)
-    resid = (resid_pre + F.linear(changed.flatten(3), flat, b_O(tl, layer))).flatten(0, 1)
-    if tl.cfg.attn_only:
-        return resid
-    off = mlp_off.repeat_interleave(len(z))[:, None, None]
-    return resid + block.mlp(block.ln2(resid)).masked_fill(off, 0)
+    resid_mid = add_heads(tl, layer, resid_pre, changed).flatten(0, 1)
+    return add_mlp(tl, layer, resid_mid, mlp_off.repeat_interleave(len(z)))
 
 
 @dataclass(frozen=True)
@@ -156,28 +177,25 @@ def set_activations(change: SetActivations, mask: Int[Tensor, "row pos"]) -> Hoo
 
 def read_z(layers: Sequence[int], take: Callable[[int, Tensor], None]) -> list[Hook]:
     """Hand z of each of the layers to `take`; nothing is changed."""
-
-    def reader(layer: int) -> Callable[[Tensor, Any], None]:
-        def read(z: Tensor, hook: Any) -> None:
-            take(layer, z)
-
-        return read
-
-    return [(points.z(layer), reader(layer)) for layer in layers]
+    return _readers(points.z, layers, take)
 
 
 def read_resid(
     layers: Sequence[int], post: bool, take: Callable[[int, Tensor], None]
 ) -> list[Hook]:
     """Hand the residual before (or after) each of the layers to `take`; nothing is changed."""
+    return _readers(points.resid_post if post else points.resid_pre, layers, take)
 
+
+def _readers(
+    name: Callable[[int], str], layers: Sequence[int], take: Callable[[int, Tensor], None]
+) -> list[Hook]:
     def reader(layer: int) -> Callable[[Tensor, Any], None]:
-        def read(resid: Tensor, hook: Any) -> None:
-            take(layer, resid)
+        def read(value: Tensor, hook: Any) -> None:
+            take(layer, value)
 
         return read
 
-    name = points.resid_post if post else points.resid_pre
     return [(name(layer), reader(layer)) for layer in layers]
 
 

@@ -17,7 +17,6 @@ from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.figures import attribution as figures
 from tl_headnorm.files import write_json, write_text, write_with
 from tl_headnorm.jobs.opening import open_model, open_questions, run_dir, say
-from tl_headnorm.measures import MEASURES
 from tl_headnorm.model import Model
 from tl_headnorm.studies.attribution.groups import compare_groups
 from tl_headnorm.studies.attribution.stability import stability
@@ -53,6 +52,12 @@ def _load(settings: AttributeSettings) -> tuple[Model, Questions]:
 def _several(settings: AttributeSettings) -> Questions:
     """The questions of several datasets or files, each marked with where it is from."""
     found: list[Question] = []
+    labels = [name if name in DATASETS else Path(name).stem for name in settings.datasets or []]
+    if len(set(labels)) < len(labels):
+        raise InputError(
+            f"datasets: expected different datasets, or files of different names, found {labels}; "
+            "name each once, and rename a file where two are called alike"
+        )
     for name in settings.datasets or []:
         known = name in DATASETS
         dataset, data_dir = (name, None) if known else ("multiple_choice", name)
@@ -94,7 +99,7 @@ def _grouped(settings: AttributeSettings) -> bool:
 def _norms(source: str) -> dict[str, np.ndarray]:
     """Mean norms of a collect run."""
     run = results.load_run(source)
-    return {name: run[f"{name}_mean"].values for name in MEASURES}
+    return {name: run[f"{name}_mean"].values for name in results.measures_of(run)}
 
 
 def _save_table(rows: pd.DataFrame, path: Path) -> None:
@@ -211,10 +216,17 @@ def _report_on(source: Path, settings: AttributeSettings, path: Path) -> None:
     try:
         with stored.open("rb") as stream, np.load(stream) as arrays:
             values = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy and zipfile raise of every kind on a damaged archive
         raise InputError(
             f"run: expected arrays in {stored}, found it damaged ({first_line(error)})"
         ) from None
+    wrong = [n for n, v in values.items() if v.ndim != 3 or v.dtype.kind != "f" or not v.size]
+    if wrong or not values:
+        raise InputError(
+            f"run: expected numbers [sample, layer, head] in {stored}, found "
+            f"{wrong[0] if wrong else 'nothing'} of another kind; give a run directory of collect "
+            "or attribute"
+        )
     write_json(path / "config.json", settings.as_dict())
     sections: Sections = []
     reports = _stability(values, settings.seed, path, sections)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.errors import InputError, first_line
-from tl_headnorm.intervene.gates import Base, GateRows, run_gated, z_of
-from tl_headnorm.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory
+from tl_headnorm.fast import Tail
+from tl_headnorm.intervene.gates import Base, Before, GateRows, run_gated, z_of
+from tl_headnorm.measures import take_position
+from tl_headnorm.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory, split
 from tl_headnorm.model import Model
 from tl_headnorm.studies.attribution.losses import Item, LetterLoss, Loss
 
@@ -24,12 +25,12 @@ CPU_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Bundle:
-    """Padded items, the residual before every layer with all gates at 1, and the loss there."""
+    """Padded items, what every layer's gates act on, and the loss: at 1, or at given gates."""
 
     items: tuple[Item, ...]
     ids: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
-    resid: dict[int, Tensor]
+    before: dict[int, Before]
     clean: Float[np.ndarray, " batch"]
 
     def __len__(self) -> int:
@@ -67,15 +68,18 @@ class Engine:
         return batch.ids.to(self.model.device), batch.mask.to(self.model.device)
 
     @torch.no_grad()
-    def bundle(self, items: Sequence[Item]) -> Bundle:
-        """Pad, run once with all gates at 1, keep the residual before every layer but the first."""
+    def bundle(
+        self, items: Sequence[Item], gates: GateRows | None = None, base: Base | None = None
+    ) -> Bundle:
+        """Pad, run once with all gates at 1 or as given, keep what every layer begins with."""
         ids, mask = self._padded(items)
-        keep = range(1, self.n_layers)
-        resid, kept = run_gated(
-            self.model.tl, ids, mask, self.ones(1), (), tail=self.loss.tail(mask), keep=keep
-        )
+        rows = self.ones(1) if gates is None else gates
+        resid, before = run_gated(
+            self.model.tl, ids, mask, rows, moving(rows),
+            base=base, tail=self.loss.tail(mask), keep=range(self.n_layers),
+        )  # fmt: skip
         clean = self.loss(self.model.tl, resid, mask, ids, items)
-        return Bundle(tuple(items), ids, mask, kept, clean.double().cpu().numpy())
+        return Bundle(tuple(items), ids, mask, before, clean.double().cpu().numpy())
 
     @torch.no_grad()
     def z(self, items: Sequence[Item]) -> tuple[dict[int, Tensor], Tensor]:
@@ -84,16 +88,25 @@ class Engine:
         return z_of(self.model.tl, ids, mask), mask
 
     @torch.no_grad()
-    def predicted(self, bundle: Bundle, gates: GateRows | None, base: Base | None) -> Any:
+    def predicted(self, bundle: Bundle, gates: GateRows, base: Base | None) -> Any:
         """(loss, chosen option) per item under the same gates, of the letter loss."""
         assert isinstance(self.loss, LetterLoss)
-        rows = self.ones(1) if gates is None else gates
-        tl, tail = self.model.tl, self.loss.tail(bundle.mask)
-        layers = [] if gates is None else moving(rows)
-        resid, _ = run_gated(tl, bundle.ids, bundle.mask, rows, layers, base=base, tail=tail)
-        logprobs = self.loss.logprobs(tl, resid, bundle.items).double().cpu().numpy()
+        layers = moving(gates)
+        first = min(layers, default=self.n_layers - 1)
+        resid, _ = run_gated(
+            self.model.tl, self._start(bundle, first), bundle.mask, gates, layers,
+            start_layer=first, base=base, tail=self.loss.tail(bundle.mask),
+        )  # fmt: skip
+        logprobs = self.loss.logprobs(self.model.tl, resid, bundle.items).double().cpu().numpy()
         answers = np.array([item.answer for item in bundle.items])
         return -logprobs[np.arange(len(answers)), answers], logprobs.argmax(1)
+
+    def _start(self, bundle: Bundle, layer: int, at: Tensor | None = None) -> Tensor | Before:
+        """Where passes from `layer` on begin, for all items or those at `at`."""
+        begin = bundle.before[layer]
+        if layer == 0 and begin.z is None:
+            return bundle.ids if at is None else bundle.ids[at]
+        return begin if at is None else begin.rows(at)
 
     def _pass(
         self,
@@ -106,13 +119,33 @@ class Engine:
     ) -> Float[Tensor, " row"]:
         at = torch.as_tensor(rows, device=self.model.device)
         mask, ids = bundle.mask[at], bundle.ids[at]
-        start = bundle.resid[start_layer][at] if start_layer else ids
         chosen = None if base is None else {k: _rows(b, at) for k, b in base.items()}
         resid, _ = run_gated(
-            self.model.tl, start, mask, gates, layers,
+            self.model.tl, self._start(bundle, start_layer, at), mask, gates, layers,
             start_layer=start_layer, base=chosen, tail=self.loss.tail(mask),
         )  # fmt: skip
         return self.loss(self.model.tl, resid, mask, ids, [bundle.items[r] for r in rows])
+
+    def off_losses(self, bundle: Bundle, base: Base | None) -> Float[np.ndarray, " batch"]:
+        """Loss of every item with all heads off.
+
+        No position then sees another: with the same base at all of them, a loss that looks at
+        the last position runs that one alone.
+        """
+        n, tail = len(bundle), self.loss.tail(bundle.mask)
+        same = base is None or all(value.shape[1] == 1 for value in base.values())
+        layers = range(self.n_layers)
+        if tail is None or not same or self.model.tl.cfg.positional_embedding_type != "rotary":
+            return self.losses(bundle, np.arange(n), self.ones(n) * 0, layers, base=base)
+        ids = take_position(bundle.ids, tail.last)
+        mask = torch.ones_like(ids)
+        alone = Tail(torch.zeros_like(tail.last), z_everywhere=False, resid=True)
+        with torch.no_grad():
+            resid, _ = run_gated(
+                self.model.tl, ids, mask, self.ones(1) * 0, layers, base=base, tail=alone
+            )
+            found = self.loss(self.model.tl, resid, mask, ids, bundle.items)
+        return found.double().cpu().numpy()
 
     def losses(
         self,
@@ -127,13 +160,11 @@ class Engine:
         """Loss of item rows[i] under gates[i]; nothing is kept for a way back."""
         layers, out = list(layers), np.empty(len(rows))
 
-        def run(part: slice) -> None:
+        def run(part: slice) -> Tensor:
             with torch.no_grad():
-                found = self._pass(bundle, rows[part], gates[part], layers, start_layer, base)
-            out[part] = found.double().cpu().numpy()
+                return self._pass(bundle, rows[part], gates[part], layers, start_layer, base)
 
-        self._chunked(len(rows), bundle.ids.shape[1], run)
-        return out
+        return self._chunked(out, bundle.ids.shape[1], run)
 
     def gradients(
         self,
@@ -152,42 +183,32 @@ class Engine:
         """
         layers, out = list(layers), np.zeros(gates.shape)
 
-        def run(part: slice) -> None:
+        def run(part: slice) -> Tensor:
             at = gates[part].detach().requires_grad_()
             with torch.enable_grad():
                 total = self._pass(bundle, rows[part], at, layers, start_layer, base).sum()
-            (found,) = torch.autograd.grad(total, at)
-            out[part] = found.double().cpu().numpy()
+            return torch.autograd.grad(total, at)[0]
 
-        self._chunked(len(rows), bundle.ids.shape[1], run)
-        return out
+        return self._chunked(out, bundle.ids.shape[1], run)
 
-    def _chunked(self, n_rows: int, width: int, run: Callable[[slice], None]) -> None:
-        """Call `run` on slices of at most `most` tokens; halve those that do not fit."""
-        size = max(1, self.most // width)
-        pending = deque(slice(i, min(i + size, n_rows)) for i in range(0, n_rows, size))
+    def _chunked(self, out: np.ndarray, width: int, run: Callable[[slice], Tensor]) -> np.ndarray:
+        """Fill `out` by slices of at most `most` tokens; halve those that do not fit."""
+        size, rows = max(1, self.most // width), range(len(out))
+        pending = deque(rows[i : i + size] for i in range(0, len(out), size))
         while pending:
             part = pending.popleft()
+            chosen = slice(part.start, part.stop)
             try:
-                run(part)
+                out[chosen] = run(chosen).double().cpu().numpy()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                pending.extendleft(reversed(_halves(part, width, error)))
+                pending.extendleft(reversed(split(part, width, error)))
+        return out
 
 
 def _rows(base: Tensor, at: Tensor) -> Tensor:
     return base if len(base) == 1 else base[at]
-
-
-def _halves(part: slice, width: int, error: RuntimeError) -> list[slice]:
-    if part.stop - part.start == 1:
-        raise InputError(
-            f"memory: expected room for one prompt of {width} tokens and its gradient, found too "
-            f"little ({first_line(error)}); lower --max_length or use --dtype bf16"
-        ) from error
-    middle = (part.start + part.stop + 1) // 2
-    return [slice(part.start, middle), slice(middle, part.stop)]
 
 
 def moving(gates: GateRows) -> list[int]:
@@ -195,10 +216,22 @@ def moving(gates: GateRows) -> list[int]:
     return (gates != 1).any(2).any(0).nonzero().flatten().tolist()
 
 
-def bundles(engine: Engine, items: Sequence[Item], batch_size: int) -> Iterator[Bundle]:
+def batches(engine: Engine, items: Sequence[Item], batch_size: int) -> Iterator[list[Item]]:
     """Every item once, longest first, at most `batch_size` prompts and the engine's tokens."""
     ordered = sorted(items, key=len, reverse=True)
     while ordered:
         fits = max(1, min(batch_size, engine.most // len(ordered[0])))
-        yield engine.bundle(ordered[:fits])
+        yield ordered[:fits]
         ordered = ordered[fits:]
+
+
+def bundles(
+    engine: Engine,
+    items: Sequence[Item],
+    batch_size: int,
+    gates: GateRows | None = None,
+    base: Base | None = None,
+) -> Iterator[Bundle]:
+    """The bundle of every batch."""
+    for batch in batches(engine, items, batch_size):
+        yield engine.bundle(batch, gates, base)

@@ -7,19 +7,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from tl_headnorm.errors import InputError
-
-
-def benjamini_hochberg(
-    p: Float[np.ndarray, " n"],
-) -> Float[np.ndarray, " n"]:
-    """Adjusted p-values: q <= fdr keeps the expected share of false discoveries below fdr."""
-    n = len(p)
-    order = np.argsort(p, kind="stable")
-    scaled = p[order] * n / np.arange(1, n + 1)
-    adjusted = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
-    out = np.empty(n)
-    out[order] = adjusted
-    return out
+from tl_headnorm.stats import benjamini_hochberg
 
 
 def between(

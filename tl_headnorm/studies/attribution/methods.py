@@ -5,9 +5,9 @@ Cost per sample, in passes of the whole model (F forward, B backward), L layers,
     grad_x_act, michel, atp_zero   1 F + 1 B together
     atp_mean, atp_corrupted        1 F + 1 B each; atp_corrupted 1 F more for the other prompt
     ig_joint, ig_path              K F + K B each (+ 2 F for the ends)
-    ig_layer                       about K (L+1)/2 (F + B): layer l starts from its own residual
-    loo                            about H (L+1)/2 F, a layer's heads stacked in the batch
-    shapley                        2 pairs * H (L+1)/2 F (players layers: (L+1)/2 instead)
+    ig_layer                       about K (L+1)/2 (F + B): layer l starts from its own z
+    loo                            about N (L+1)/(2L) F for N heads in all, a layer's stacked
+    shapley                        2 pairs * N (L+1)/(2L) F (players layers: (L+1)/2 instead)
     rollout                        1 F with all attention patterns
 
 Doubling the steps runs 2K, 4K, ... more for the samples that need it.
@@ -57,6 +57,7 @@ class Context:
     corrupted: Base | None = None
     seed: int = 0
     _at_one: dict[str, Heads] = field(default_factory=dict)
+    _off: dict[str, PerSample] = field(default_factory=dict)
 
     @property
     def base(self) -> Base | None:
@@ -84,19 +85,30 @@ class Context:
     @cached_property
     def start_loss(self) -> PerSample:
         """Loss with every gate at the path's start."""
+        if self.settings.gate_start == 0:
+            return self.off_loss(self.settings.baseline)
         gates = self.engine.ones(len(self.bundle)) * self.settings.gate_start
         return self.engine.losses(self.bundle, self.rows, gates, self.layers, base=self.base)
 
     def off_loss(self, kind: str) -> PerSample:
         """Loss with every gate at 0, towards the given base."""
-        base = {"zero": None, "mean": self.mean, "corrupted": self.corrupted}[kind]
-        gates = self.engine.ones(len(self.bundle)) * 0
-        return self.engine.losses(self.bundle, self.rows, gates, self.layers, base=base)
+        if kind not in self._off:
+            base = {"zero": None, "mean": self.mean, "corrupted": self.corrupted}[kind]
+            self._off[kind] = self.engine.off_losses(self.bundle, base)
+        return self._off[kind]
 
-    def scores(self, values: Heads, end: PerSample, steps: int = 1, sign: int = 1) -> Scores:
+    def scores(
+        self,
+        values: Heads,
+        end: PerSample,
+        steps: int = 1,
+        sign: int = 1,
+        scale: PerSample | None = None,
+    ) -> Scores:
         """Scores whose sum should be sign * (f(1) - end)."""
         total = sign * (self.bundle.clean - end)
-        scale = np.maximum(np.abs(self.bundle.clean), np.abs(end))
+        if scale is None:
+            scale = np.maximum(np.abs(self.bundle.clean), np.abs(end))
         error = np.abs(values.sum((1, 2)) - total)
         return Scores(values, total, error, scale, np.full(len(total), steps))
 
@@ -167,7 +179,10 @@ def _integrate(
 
 
 def _until_complete(
-    context: Context, integral: Callable[[np.ndarray, int], Heads], end: PerSample
+    context: Context,
+    integral: Callable[[np.ndarray, int], Heads],
+    end: PerSample,
+    scale: PerSample | None = None,
 ) -> Scores:
     """Double the steps of the samples whose sum is off by more than the tolerance."""
     settings, n = context.settings, len(context.bundle)
@@ -177,7 +192,7 @@ def _until_complete(
     while True:
         values[pending] = integral(pending, steps)
         used[pending] = steps
-        found = context.scores(values, end)
+        found = context.scores(values, end, scale=scale)
         pending = np.flatnonzero(found.error > settings.tolerance * found.scale)
         steps *= 2
         if len(pending) == 0 or steps > settings.max_steps:
@@ -201,34 +216,37 @@ def ig_layer(context: Context) -> Scores:
     """Only one layer's gates move, the others stay at 1: every layer's sum is complete.
 
     The sum over all layers is not f(1) - f(0) where layers stand in for each other (an AND gives
-    1 and 1). The error is that of the layer that is worst.
+    1 and 1). The error is that of the layer that is worst, relative to the largest end loss of
+    any layer: a layer that does nothing has two tiny ends, whose rounding is no fault.
     """
     settings, engine = context.settings, context.engine
     n, start = len(context.bundle), settings.gate_start
+    ends = np.stack([_layer_end(context, layer) for layer in context.layers])
+    scale = np.maximum(np.abs(context.bundle.clean), np.abs(ends).max(0))
     values = np.zeros((n, engine.n_layers, engine.n_heads))
-    error, scale, used = np.zeros(n), np.zeros(n), np.zeros(n, dtype=int)
+    error, used = np.zeros(n), np.zeros(n, dtype=int)
     for layer in context.layers:
         only = range(layer, layer + 1)
-        gates = engine.ones(n)
-        gates[:, layer] = start
-        end = engine.losses(
-            context.bundle, context.rows, gates, only, start_layer=layer, base=context.base
-        )
 
-        def integral(chosen: np.ndarray, steps: int, layer: int = layer) -> Heads:
+        def integral(chosen: np.ndarray, steps: int, only: range = only) -> Heads:
             alphas, weights = path_points(steps, engine.n_layers, start, layered=False)
             still = np.ones_like(alphas)
-            still[:, layer] = alphas[:, layer]
-            only = range(layer, layer + 1)
-            return _integrate(context, chosen, still, weights, only, layer)
+            still[:, only] = alphas[:, only]
+            return _integrate(context, chosen, still, weights, only, only.start)
 
-        found = _until_complete(context, integral, end)
+        found = _until_complete(context, integral, ends[layer], scale)
         values[:, layer] = found.values[:, layer]
-        worse = found.error * np.maximum(scale, 1e-300) >= error * np.maximum(found.scale, 1e-300)
-        error = np.where(worse, found.error, error)
-        scale = np.where(worse, found.scale, scale)
-        used = np.maximum(used, found.steps)
+        error, used = np.maximum(error, found.error), np.maximum(used, found.steps)
     return Scores(values, np.full(n, np.nan), error, scale, used)
+
+
+def _layer_end(context: Context, layer: int) -> PerSample:
+    """Loss with one layer's gates at the path's start, the others at 1."""
+    gates = context.engine.ones(len(context.bundle))
+    gates[:, layer] = context.settings.gate_start
+    return context.engine.losses(
+        context.bundle, context.rows, gates, [layer], start_layer=layer, base=context.base
+    )
 
 
 GRADIENT_METHODS: dict[str, Callable[[Context], Scores]] = {

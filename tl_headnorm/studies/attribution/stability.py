@@ -21,11 +21,16 @@ def ranks(rows: Float[np.ndarray, "row n"]) -> Float[np.ndarray, "row n"]:
     return out
 
 
+def centred(maps: Maps) -> Maps:
+    """Every row less its own mean."""
+    return maps - maps.mean(1, keepdims=True)
+
+
 def standardised(maps: Maps) -> Maps:
     """Every row with mean 0 and length 1; a constant row is all 0."""
-    centred = maps - maps.mean(1, keepdims=True)
-    length = np.linalg.norm(centred, axis=1, keepdims=True)
-    return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+    rows = centred(maps)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)
 
 
 def correlations(maps: Maps, kind: str) -> Float[np.ndarray, "sample sample"]:
@@ -45,10 +50,11 @@ def mean_pair(matrix: Float[np.ndarray, "sample sample"]) -> float:
 
 
 def predicted(rho: float, n: int | np.ndarray) -> Any:
-    """Correlation of one of N samples with their mean, where pairs correlate rho on average.
+    """Correlation of one of N samples with their mean, where pairs correlate rho.
 
-    sqrt(rho + (1 - rho) / N): exact for standardised maps. rho = 0.78 and N = 50 give 0.89, so
-    a high value says that maps share a mean, not that one sample is enough.
+    sqrt(rho + (1 - rho) / N): exact for standardised maps with rho their mean pairwise
+    correlation, and for raw maps with the pooled rho and the pooled correlation. rho = 0.78 and
+    N = 50 give 0.89, so a high value says that maps share a mean, not that one sample is enough.
     """
     return np.sqrt(np.maximum(rho + (1 - rho) / np.asarray(n, float), 0))
 
@@ -59,37 +65,98 @@ def one_against_mean(maps: Maps) -> float:
     return float((unit @ mean[0]).mean())
 
 
-def growth(maps: Maps, generator: np.random.Generator, repeats: int = 20) -> list[dict[str, Any]]:
-    """`one_against_mean` for growing N, of raw and of standardised maps, and the prediction."""
+def pooled_against_mean(maps: Maps) -> float:
+    """Correlation over all (sample, head) points at once: a sample's value, less the sample's mean
+    over heads, against the mean of all samples there.
+
+    With c_i the centred maps and m their mean, sum_i <c_i, m> = N |m|^2, so that it is
+    |m| / sqrt(mean |c_i|^2), and |m|^2 = (v + (N - 1) c) / N with v the mean variance of a map and
+    c the mean covariance of a pair: sqrt(rho' + (1 - rho') / N) with rho' = c / v, exactly.
+    Large maps count for more, as they do in the mean.
+    """
+    rows = centred(maps)
+    size = float((rows**2).sum(1).mean())
+    return float(np.sqrt((rows.mean(0) ** 2).sum() / size)) if size > 0 else 0.0
+
+
+def predicted_mean_r(maps: Maps, n: Any) -> Any:
+    """`one_against_mean` of N raw maps, from what pairs of all maps say.
+
+    Maps of unequal size weigh unequally in their mean. With a_i the length of a centred map and r
+    the correlations of pairs: r1 is the mean of r weighted by one map's length, r2 by both's, k is
+    mean a^2 / (mean a)^2 as expected of N maps, and
+
+        (r1 + (1 - r1) / N) / sqrt(r2 + (1 - r2) k / N)
+
+    is exact at N = 1 and at all maps; equal lengths give sqrt(rho + (1 - rho) / N) again.
+    """
+    total, n = len(maps), np.asarray(n, float)
+    length = np.linalg.norm(centred(maps), axis=1)
+    r = correlations(maps, "pearson") - np.diag(np.any(standardised(maps) != 0, 1).astype(float))
+    mean, square = length.mean(), (length**2).mean()
+    if mean == 0:
+        return np.zeros(n.shape)
+    spread = square - mean**2
+    k = square / (mean**2 + spread * (total - n) / (n * (total - 1)))
+    r1 = (r @ length).mean() / (mean * (total - 1))
+    r2 = length @ r @ length / (total * (total * mean**2 - square))
+    left = np.maximum(r2 + (1 - r2) * k / n, 1e-12)  # of maps that cancel nothing is left
+    return (r1 + (1 - r1) / n) / np.sqrt(left)
+
+
+def growth(maps: Maps, generator: np.random.Generator, repeats: int = 100) -> list[dict[str, Any]]:
+    """One sample against the mean of a growing number N, measured and predicted.
+
+    `pooled` over all points at once, `mean_r` as the mean of the samples' own correlations, both of
+    raw maps, and `standardised`; each beside its prediction.
+    """
     n, unit = len(maps), standardised(maps)
-    rho = mean_pair(unit @ unit.T)
+    rho, pooled = mean_pair(unit @ unit.T), pooled_rho(covariances(maps))
     sizes = sorted({s for s in (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 256, 512) if s < n} | {n})
     out = []
     for size in sizes:
         draws = [generator.permutation(n)[:size] for _ in range(1 if size == n else repeats)]
+
+        def mean(measure: Any, of: Maps, draws: list[np.ndarray] = draws) -> float:
+            return float(np.mean([measure(of[d]) for d in draws]))
+
         out.append(
             {
                 "n": size,
-                "measured": float(np.mean([one_against_mean(maps[d]) for d in draws])),
-                "measured_standardised": float(np.mean([one_against_mean(unit[d]) for d in draws])),
-                "predicted": float(predicted(rho, size)),
+                "pooled": mean(pooled_against_mean, maps),
+                "pooled_predicted": float(predicted(pooled, size)),
+                "mean_r": mean(one_against_mean, maps),
+                "mean_r_predicted": float(predicted_mean_r(maps, size)),
+                "standardised": mean(one_against_mean, unit),
+                "standardised_predicted": float(predicted(rho, size)),
             }
         )
     return out
 
 
+def covariances(maps: Maps) -> Float[np.ndarray, "sample sample"]:
+    """Covariance over heads of every pair of samples."""
+    rows = centred(maps)
+    return rows @ rows.T / maps.shape[1]
+
+
+def pooled_rho(matrix: Float[np.ndarray, "sample sample"]) -> float:
+    """Mean covariance of a pair over the mean variance of a map; of correlations, their mean."""
+    size = float(np.trace(matrix)) / len(matrix)
+    return mean_pair(matrix) / size if size > 0 else 0.0
+
+
 def rho_interval(
     matrix: Float[np.ndarray, "sample sample"], generator: np.random.Generator, repeats: int = 1000
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean pair; a sample drawn twice is no pair with itself."""
-    n, found = len(matrix), []
+    """95 % bootstrap interval of `pooled_rho`; a sample drawn twice is no pair with itself."""
+    n, found, own = len(matrix), [], np.diag(matrix)
     for _ in range(repeats):
         count = np.bincount(generator.integers(0, n, n), minlength=n).astype(float)
-        weight = float(count.sum() ** 2 - (count**2).sum())
-        if weight > 0:
-            total = count @ matrix @ count - (count**2 * np.diag(matrix)).sum()
-            found.append(total / weight)
-    low, high = np.percentile(found, [2.5, 97.5])
+        pairs, size = float(n**2 - (count**2).sum()), float(count @ own) / n
+        if pairs > 0 and size > 0:
+            found.append((count @ matrix @ count - count**2 @ own) / pairs / size)
+    low, high = np.percentile(found, [2.5, 97.5]) if found else (0.0, 0.0)
     return float(low), float(high)
 
 
@@ -155,16 +222,19 @@ def stability(
     overlap, chance = top_overlap(maps, k)
     variance = maps.var(0, ddof=1)
     order = np.argsort(-variance, kind="stable")
-    rho = mean_pair(matrices["pearson"])
+    pairs = covariances(maps)
+    pooled = pooled_rho(pairs)
     structure = residual_structure(maps, generator)
     return {
         "n_samples": len(maps),
         "n_samples_given": len(flat),
         "mean_correlation": {kind: mean_pair(matrix) for kind, matrix in matrices.items()},
         "mean_correlation_interval": rho_interval(matrices["pearson"], generator),
+        "pooled_correlation": pooled,
+        "pooled_correlation_interval": rho_interval(pairs, generator),
         "growth": growth(maps, generator),
-        "one_against_n": one_against_mean(maps),
-        "predicted": float(predicted(rho, len(maps))),
+        "one_against_n": pooled_against_mean(maps),
+        "predicted": float(predicted(pooled, len(maps))),
         "top_k": {"k": k, "overlap": overlap, "by_chance": chance},
         "variance_ranking": [
             {

@@ -17,7 +17,7 @@ from tl_headnorm.data.questions import Question
 from tl_headnorm.errors import InputError
 from tl_headnorm.intervene.gates import Base
 from tl_headnorm.model import Model
-from tl_headnorm.studies.attribution.engine import Engine, bundles
+from tl_headnorm.studies.attribution.engine import Engine, batches, bundles
 from tl_headnorm.studies.attribution.losses import (
     Item,
     corrupted_items,
@@ -98,8 +98,8 @@ def mean_z(engine: Engine, items: Sequence[Item], batch_size: int) -> Base:
     """Every head's mean z over all real positions of all samples, [1, 1, head, d_head]."""
     totals: dict[int, torch.Tensor] = {}
     count = 0.0
-    for i in range(0, len(items), batch_size):
-        z, mask = engine.z(items[i : i + batch_size])
+    for batch in batches(engine, items, batch_size):
+        z, mask = engine.z(batch)
         count += float(mask.sum())
         for layer, value in z.items():
             kept = torch.where(mask.bool()[:, :, None, None], value.to(engine.dtype), 0)

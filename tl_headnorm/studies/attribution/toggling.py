@@ -4,60 +4,77 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from tl_headnorm.intervene.gates import run_gated
+from tl_headnorm.intervene.gates import Base, Before, run_gated
+from tl_headnorm.studies.attribution.engine import Bundle, Engine
 from tl_headnorm.studies.attribution.methods import Context, PerSample, Scores
+
+
+def without_each(
+    engine: Engine, bundle: Bundle, on: Bool[np.ndarray, "layer head"], base: Base | None
+) -> Float[np.ndarray, "batch layer head"]:
+    """Loss with one more head off, each on its own; NaN at the heads that are off already.
+
+    `bundle` was run with the heads `on`. A layer's heads are stacked along the batch and start
+    behind the layer's attention, which no gate of its own changes.
+    """
+    n = len(bundle)
+    values = np.full((n, engine.n_layers, engine.n_heads), np.nan)
+    now = torch.as_tensor(on, dtype=engine.dtype, device=engine.model.device)
+    for layer in range(engine.n_layers):
+        heads = np.flatnonzero(on[layer])
+        gates = now.repeat(n * len(heads), 1, 1)
+        gates[np.arange(len(gates)), layer, np.tile(heads, n)] = 0
+        acting = [layer, *(k for k in range(layer + 1, engine.n_layers) if not on[k].all())]
+        found = engine.losses(
+            bundle, np.repeat(np.arange(n), len(heads)), gates, acting,
+            start_layer=layer, base=base,
+        )  # fmt: skip
+        values[:, layer, heads] = found.reshape(n, len(heads))
+    return values
 
 
 def loo(context: Context) -> Scores:
     """f(1) - f(head off), every head on its own: the truth that the estimates are held against.
 
-    A layer's heads are stacked along the batch and start from the layer's own residual. What it
-    cannot tell: heads that stand in for each other look useless one by one.
+    What it cannot tell: heads that stand in for each other look useless one by one.
     """
-    engine, n, heads = context.engine, len(context.bundle), context.engine.n_heads
-    values = np.zeros((n, engine.n_layers, heads))
-    for layer in context.layers:
-        gates = engine.ones(n * heads)
-        off = torch.arange(n * heads, device=gates.device)
-        gates[off, layer, off % heads] = 0
-        found = engine.losses(
-            context.bundle, np.repeat(context.rows, heads), gates, [layer],
-            start_layer=layer, base=context.base,
-        )  # fmt: skip
-        values[:, layer] = context.bundle.clean[:, None] - found.reshape(n, heads)
+    engine, bundle = context.engine, context.bundle
+    on = np.ones((engine.n_layers, engine.n_heads), dtype=bool)
+    values = bundle.clean[:, None, None] - without_each(engine, bundle, on, context.base)
     return context.scores(values, context.off_loss(context.settings.baseline))
 
 
 class _Coalition:
-    """The heads that are on, and the residual before every layer under them."""
+    """The heads that are on, and what every layer begins with under them."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.engine = context, context.engine
         self.gates = self.engine.ones(1) * 0
-        self.resid: dict[int, torch.Tensor] = {}
+        self.before: dict[int, Before] = {}
         self.loss = self._run(0)
 
     def _run(self, layer: int) -> PerSample:
         """Loss of every item, computed from `layer` on."""
         bundle, engine = self.context.bundle, self.engine
         tl, mask = engine.model.tl, bundle.mask
-        start = self.resid[layer] if layer else bundle.ids
+        known = layer > 0 or (layer in self.before and self.before[layer].z is not None)
+        start = self.before[layer] if known else bundle.ids
         with torch.no_grad():
             resid, kept = run_gated(
                 tl, start, mask, self.gates, self.context.layers,
                 start_layer=layer, base=self.context.base, tail=engine.loss.tail(mask),
-                keep=range(layer + 1, engine.n_layers),
+                keep=range(layer + bool(self.before), engine.n_layers),
             )  # fmt: skip
             loss = engine.loss(tl, resid, mask, bundle.ids, bundle.items)
-        self.resid.update(kept)
+        self.before.update(kept)
         return loss.double().cpu().numpy()
 
     def copy(self) -> "_Coalition":
         other = object.__new__(_Coalition)
         other.context, other.engine = self.context, self.engine
-        other.gates, other.resid, other.loss = self.gates.clone(), dict(self.resid), self.loss
+        other.gates, other.before, other.loss = self.gates.clone(), dict(self.before), self.loss
         return other
 
     def join(self, player: Sequence[tuple[int, int]]) -> PerSample:

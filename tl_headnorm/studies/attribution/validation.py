@@ -14,11 +14,13 @@ from tqdm.auto import tqdm
 from tl_headnorm.errors import InputError
 from tl_headnorm.intervene.gates import Base
 from tl_headnorm.studies.attribution.engine import Engine, bundles
+from tl_headnorm.studies.attribution.greedy import greedy_order, rounds_of
 from tl_headnorm.studies.attribution.losses import Item
 from tl_headnorm.studies.attribution.stability import correlations
 from tl_headnorm.studies.attribution.study import Job, importance, mean_z, run_methods
 
 LEAST, MOST, RANDOM = "least_first", "most_first", "random"
+GREEDY = "loo_greedy"
 Curve = tuple[str, str]
 
 
@@ -151,8 +153,25 @@ def halves(items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
     return rows[::2], rows[1::2]
 
 
+def reference_orders(
+    job: Job, items: Sequence[Item], base: Base | None, *, progress: bool
+) -> dict[Curve, Int[np.ndarray, " n"]]:
+    """Sequential leave-one-out in both directions, where it is asked for or cheap enough."""
+    settings, engine = job.settings, job.engine
+    rounds = rounds_of(settings.greedy, engine.n_layers * engine.n_heads)
+    if rounds == 0:
+        return {}
+    return {
+        (GREEDY, order): greedy_order(
+            engine, items, rounds, most=order == MOST,
+            batch_size=settings.batch_size, base=base, progress=progress,
+        )
+        for order in (LEAST, MOST)
+    }  # fmt: skip
+
+
 def validate_scores(job: Job, run: xr.Dataset, *, progress: bool = False) -> dict[str, Any]:
-    """Prune by every method of a run, by leave-one-out and at random.
+    """Prune by every method of a run, by leave-one-out (single and sequential) and at random.
 
     Every other sample ranks the heads, the rest measure: an order is not judged by the samples
     it was made from. Returns the tables `curves` and `areas`, and `importance` per method.
@@ -160,17 +179,15 @@ def validate_scores(job: Job, run: xr.Dataset, *, progress: bool = False) -> dic
     settings, engine = job.settings, job.engine
     ranking, measuring = halves(job.items)
     maps = importance(run.isel(sample=ranking).assign(mean=run["score"][:, ranking].mean("sample")))
+    ranked = [job.items[i] for i in ranking]
     if "loo" not in maps:
-        half = replace(
-            job,
-            items=[job.items[i] for i in ranking],
-            questions=[job.questions[i] for i in ranking],
-        )
+        half = replace(job, items=ranked, questions=[job.questions[i] for i in ranking])
         maps["loo"] = -run_methods(half, ["loo"])["loo"].values.mean(0)
     base = None
     if settings.baseline == "mean":
-        base = mean_z(engine, [job.items[i] for i in ranking], settings.batch_size)
+        base = mean_z(engine, ranked, settings.batch_size)
     orders = pruning_orders(maps, settings.random_orders, settings.seed)
+    orders |= reference_orders(job, ranked, base, progress=progress)
     numbers = numbers_pruned(engine.n_layers * engine.n_heads, settings.pruning_points)
     held_out = [job.items[i] for i in measuring]
     found = prune(
