@@ -1,4 +1,4 @@
-"""Running moments of per-sample values, in float64, exact under any split and merge."""
+"""Running moments of per-sample values, exact under any split and merge; false discoveries."""
 
 from dataclasses import dataclass
 
@@ -62,3 +62,17 @@ class Moments:
         dof = self.n - ddof
         variance = np.divide(self.M2, dof, out=np.full(self.M2.shape, np.nan), where=dof > 0)
         return np.sqrt(variance)
+
+
+def benjamini_hochberg(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Adjusted p-values: q <= fdr keeps the expected share of false discoveries below fdr.
+
+    Source: Benjamini, Hochberg, "Controlling the false discovery rate", 1995.
+    """
+    n = len(p)
+    order = np.argsort(p, kind="stable")
+    scaled = p[order] * n / np.arange(1, n + 1)
+    adjusted = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
+    out = np.empty(n)
+    out[order] = adjusted
+    return out
