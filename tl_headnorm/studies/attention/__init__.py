@@ -1,0 +1,1 @@
+"""Where heads look: patterns, scores, keywords, while writing, and under distraction."""
