@@ -1,13 +1,16 @@
 """One subcommand per job. Heavy imports stay inside the commands, so that --help is quick."""
 
+import errno
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, get_args
 
 from tl_headnorm.commands import COMMANDS
+from tl_headnorm.config.launch import processes
+from tl_headnorm.config.resume import resumed
 from tl_headnorm.config.run import check_config
 from tl_headnorm.errors import InputError, first_line, nearest, unknown
 
@@ -15,6 +18,7 @@ _UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments
 _WRONG_TYPE = re.compile(r'Parser key "([\w.]+)":? (?:Expected a (.+?)\. Got value: (.*)|(.*))')
 _NONE_FITS = re.compile(r"Union subtypes Subtypes: (.*) Given value: (.*)")
 BAD_INPUT, INTERRUPTED = 2, 130
+Together = Callable[[Callable[[], Any]], Any]
 
 
 def build_parser() -> Any:
@@ -42,24 +46,46 @@ def build_parser() -> Any:
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code. No traceback without --debug."""
+    try:
+        if processes() == 1:  # before anything of torch is loaded
+            return _main(arguments, lambda work: work())[0]
+        from tl_headnorm import sharding
+
+        together = sharding.ranks().together
+    except InputError as error:  # a launcher's environment that leads nowhere
+        print(f"tl-headnorm: {error}", file=sys.stderr)
+        return BAD_INPUT
+    code, cause = _main(arguments, together)
+    sharding.leave(cause)
+    return code
+
+
+def _main(arguments: Sequence[str], together: Together) -> tuple[int, BaseException | None]:
+    """The exit code, and the error it stands for; `together` is done by all processes alike."""
     debug = "--debug" in arguments or "--debug=true" in arguments
     try:
-        name, settings = parse(list(arguments))
+        name, settings = together(lambda: parse(list(arguments)))
         debug = debug or bool(getattr(settings, "debug", False))
-        return COMMANDS[name].run(settings)
+        return COMMANDS[name].run(settings, together), None
     except SystemExit as stop:  # --help, --print_config
-        return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return int(stop.code or 0), None
+    except KeyboardInterrupt as stop:
+        message = getattr(stop, "message", "interrupted")
+        if message:
+            print(message, file=sys.stderr)
+        return getattr(stop, "exit_code", INTERRUPTED), stop
     except Exception as error:
         line = _one_line(error)
+        hint = getattr(error, "hint", "")
         if line is None:
+            if hint:
+                print(hint.removeprefix("; "), file=sys.stderr)
             raise
         if debug:
             traceback.print_exc()
-        print(f"tl-headnorm: {line}", file=sys.stderr)
-        return BAD_INPUT
+        if not getattr(error, "quiet", False):
+            print(f"tl-headnorm: {line}{hint}", file=sys.stderr, flush=True)
+        return BAD_INPUT, error
 
 
 def _one_line(error: Exception) -> str | None:
@@ -72,7 +98,12 @@ def _one_line(error: Exception) -> str | None:
             "--batch_size or --max_length"
         )
     if isinstance(error, OSError):
-        return f"expected files that can be read and written, found {first_line(error)}"
+        room = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return f"expected files that can be read and written, found {first_line(error)}" + (
+            "; make room or choose another --output_dir (files written before are whole)"
+            if room
+            else ""
+        )
     return None
 
 
@@ -90,6 +121,11 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         values = namespace[name].as_dict()
         values.pop("config", None)
         _refuse_null(name, values)
+        _refuse_unwritable(values)
+        if values.get("resume") is not None:
+            given = parser.parse_args(arguments, defaults=False)[name].as_dict()
+            given.pop("config", None)
+            return name, resumed(values["resume"], given)
         return name, COMMANDS[name].settings(**values)
     except Exception as error:  # argparse's and jsonargparse's own, and those of the YAML reader
         cause: BaseException | None = error
@@ -111,6 +147,17 @@ def _refuse_null(command: str, values: dict[str, Any]) -> None:
             raise InputError(
                 f"{field.name}: expected a value, found null; give one or leave the key out"
             )
+
+
+def _refuse_unwritable(values: dict[str, Any]) -> None:
+    """Text that no file name and no file can hold: NUL, and bytes that are no UTF-8."""
+    for name, value in values.items():
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
+                raise InputError(f"{name}: expected text in UTF-8 without NUL, found {text!r}")
+            # The directory is the last line of stdout: it must be one line.
+            if name in ("output_dir", "experiment_name") and len(str(text).splitlines()) > 1:
+                raise InputError(f"{name}: expected one line, found {text!r}")
 
 
 def _check_command(arguments: list[str]) -> None:

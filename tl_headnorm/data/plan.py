@@ -21,6 +21,27 @@ class Group:
         return self.samples[0].ids[: self.prefix_length]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A batch of a run and its number: the same prompts whenever and wherever it is run."""
+
+    number: int
+    group: Group
+    samples: tuple[Encoded, ...]
+
+
+def plan_run(
+    groups: Sequence[Group], batch_size: int, max_batch_tokens: int, *, sort: bool = True
+) -> list[Planned]:
+    """Every batch of a run, group by group, numbered from 0."""
+    batches = (
+        (group, samples)
+        for group in groups
+        for samples in plan_batches(group, batch_size, max_batch_tokens, sort=sort)
+    )
+    return [Planned(number, *batch) for number, batch in enumerate(batches)]
+
+
 def prefix_groups(samples: Sequence[Encoded]) -> list[Group]:
     """Split prompts so that running each group's prefix once saves many tokens.
 
