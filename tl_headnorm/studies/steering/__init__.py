@@ -1,0 +1,1 @@
+"""Steering: attention to chosen tokens boosted or suppressed, and what that does."""
