@@ -196,3 +196,11 @@ def small(llama_dir, questions_file):
 def finished(run_cli, small, tmp_path_factory):
     """A finished run directory; read only."""
     return run_cli("collect", *small, "--output_dir", tmp_path_factory.mktemp("runs")).run_dir
+
+
+@pytest.fixture
+def flags(small, tmp_path):
+    """The flags of a small run with some replaced, as a function."""
+    from hostile import merged_flags
+
+    return lambda changes: merged_flags(small, tmp_path, changes)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tl_headnorm.figures.heatmaps import heatmap
     from tl_headnorm.model import load_model
     from tl_headnorm.results import load_run
+    from tl_headnorm.studies.compare import compare
 
 _HOME = {
     "InputError": "errors",
@@ -23,6 +24,7 @@ _HOME = {
     "Settings": "config.run",
     "build_sft_example": "data.tokens",
     "collect": "collecting",
+    "compare": "studies.compare",
     "heatmap": "figures.heatmaps",
     "load_model": "model",
     "load_questions": "data.questions",
@@ -37,6 +39,7 @@ __all__ = [
     "Settings",
     "build_sft_example",
     "collect",
+    "compare",
     "heatmap",
     "load_model",
     "load_questions",

@@ -6,9 +6,10 @@ from typing import Any
 
 from tl_headnorm.bridge import twin
 from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.pretrained import refuse_pickled
 
 
-def merged(hf_model: Any, adapter_path: str) -> Any:
+def merged(hf_model: Any, adapter_path: str, *, pickled_weights: bool = False) -> Any:
     """The model with an adapter merged into its weights; `hf_model` keeps its own.
 
     Only the weights the adapter changes take memory anew. Raises InputError for an adapter that
@@ -28,6 +29,8 @@ def merged(hf_model: Any, adapter_path: str) -> Any:
             f"adapter_path: expected a PEFT adapter's directory or hub id, found no "
             f"adapter_config.json in {adapter_path}; check the path"
         )
+    if path.is_dir() and not pickled_weights:
+        refuse_pickled(path, "adapter_path")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

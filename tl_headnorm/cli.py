@@ -34,12 +34,14 @@ def build_parser() -> Any:
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
-        sub = ArgumentParser(description=command.help, exit_on_error=False)
+        given = "DIR ... " if command.positional else ""
+        usage = f"tl-headnorm {name} {given}[--SETTING VALUE ...]"
+        sub = ArgumentParser(usage=usage, description=command.help, exit_on_error=False)
         sub.add_argument("--config", action="config", help="YAML file with settings (same keys).")
         skip = {*command.skip, *([command.positional] if command.positional else [])}
         sub.add_class_arguments(command.settings, as_group=False, skip=skip)
         if command.positional:
-            sub.add_argument(command.positional, nargs="*", help="Directories.")
+            sub.add_argument(command.positional, nargs="*", metavar="DIR", help="Run directories.")
         commands.add_subcommand(name, sub, help=command.help)
     return parser
 

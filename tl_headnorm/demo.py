@@ -28,6 +28,7 @@ def run_demo(settings: DemoSettings) -> Path:
             experiment_name="demo",
         )
     )
+    assert path is not None  # one process alone writes it
     say(describe(load_run(path), path))
     return path
 
@@ -47,6 +48,7 @@ def describe(run: xr.Dataset, path: Path) -> str:
         f"{run.attrs['accuracy']:.3f} (chance 0.20 to 0.25)",
         "",
         "Look at",
+        f"  {path / 'report.html'}",
         f"  {path / 'head_resid_contrib_norm_heatmap.html'}",
         f"  {path / 'head_output_norm_heatmap.html'}",
         "Load it:  from tl_headnorm import load_run",

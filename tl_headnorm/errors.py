@@ -11,7 +11,16 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        text = printable(" ".join(str(message).split()))
+        # What was found may be a whole file: its ends, and what to do, are enough.
+        super().__init__(text if len(text) <= 1200 else f"{text[:900]} ... {text[-250:]}")
+
+
+def printable(text: str) -> str:
+    """What cannot be seen or would steer the terminal as an escape: names come from files."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 def nearest(name: object, choices: Iterable[str]) -> str:

@@ -1,8 +1,6 @@
 """Loading: a hub id or a directory in Hugging Face format becomes a model that proves itself."""
 
 import logging
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ import torch
 
 from tl_headnorm.bridge import build_bridge
 from tl_headnorm.errors import InputError, first_line, nearest
-from tl_headnorm.families import FAMILIES, Unsupported, build_hooked, has_hooked
+from tl_headnorm.families import Unsupported, build_hooked, has_hooked
+from tl_headnorm.pretrained import builtin, check_not_quantized, load_pretrained
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -59,6 +58,15 @@ class Model:
     tokenizer: Any
     info: ModelInfo
 
+    def __repr__(self) -> str:
+        """One line: the fields themselves would print every module and every token."""
+        i = self.info
+        return (
+            f"Model({i.source}: {i.architecture}, {i.n_layers} layers x {i.n_heads} heads "
+            f"({i.n_key_value_heads} key/value), d_model {i.d_model}, d_head {i.d_head}, "
+            f"{i.dtype}, {i.engine}, {self.device})"
+        )
+
     @property
     def device(self) -> torch.device:
         return torch.device(self.tl.cfg.device)
@@ -80,6 +88,7 @@ def load_model(
     hf_model: Any = None,
     tokenizer: Any = None,
     adapter_path: str | Path | None = None,
+    pickled_weights: bool = False,
 ) -> Model:
     """Load a model from a hub id or a directory, or take over one in memory (`hf_model`).
 
@@ -94,6 +103,9 @@ def load_model(
     or a dict of accelerate's spreads the layers over several devices, through the bridge: LLaMA
     70B has 70.6e9 parameters, in bf16 141 GB, so two devices of 80 GB with about 19 GB left for
     activations (four of 48 GB: 51 GB left).
+
+    Code of the model's repository runs only with `trust_remote_code`, and weights stored as
+    pickle are read only with `pickled_weights`.
 
     With `self_check` the model is compared with Hugging Face's own forward on a probe before it
     is returned. Raises InputError with one line on whatever is wrong.
@@ -116,12 +128,13 @@ def load_model(
         placed: Any = device_map if spread else resolve_device(str(device_map))
         if not spread:
             check_dtype(torch_dtype, placed)
-        loaded = _load_pretrained(
-            _builtin(str(source)),
+        loaded = load_pretrained(
+            builtin(str(source)),
             torch_dtype,
             trust_remote_code,
             revision,
             placed if spread else None,
+            pickled_weights,
         )
         hf_model = loaded[0] if spread else loaded[0].to(placed)
         tokenizer = tokenizer if tokenizer is not None else loaded[1]
@@ -132,7 +145,7 @@ def load_model(
     if adapter_path is not None:
         from tl_headnorm.adapters import merged
 
-        hf_model = merged(hf_model, str(adapter_path))
+        hf_model = merged(hf_model, str(adapter_path), pickled_weights=pickled_weights)
     tl, used = _engine_for(hf_model, tokenizer, engine)
     info = _info(hf_model, tl, source, revision, used, adapter_path)
     model = Model(tl=tl, hf=hf_model, tokenizer=tokenizer, info=info)
@@ -171,22 +184,6 @@ def _say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         logging.getLogger("tl_headnorm").warning(text)
-
-
-def check_not_quantized(config: Any) -> None:
-    """Refuse 8-bit and 4-bit weights.
-
-    Their W_O is held as packed integers with scales per block: z W_O read from it is not what
-    the model adds to its residual stream, and z itself is that of rounded weights.
-    """
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        as_dict = found if isinstance(found, dict) else found.to_dict()
-        raise InputError(
-            "model: expected weights in bf16, fp16 or fp32, found quantized ones "
-            f"({as_dict.get('quant_method', 'of an unknown kind')}), whose packed W_O gives no "
-            "norms that hold for the model; load the model it was made from"
-        )
 
 
 def check_placement(hf_model: Any) -> None:
@@ -250,111 +247,6 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
             f"dtype: expected one that {device.type} computes, found {name} "
             f"({first_line(error)}); use --dtype bf16 or --dtype fp32"
         ) from None
-
-
-def _builtin(source: str) -> str:
-    """The directory of a model that ships with the package (`builtin:tiny`), else the source."""
-    if not source.startswith("builtin:"):
-        return source
-    if source != "builtin:tiny":
-        raise InputError(f"model_path: expected builtin:tiny, found {source!r}")
-    from tl_headnorm.tiny import model_dir
-
-    return str(model_dir())
-
-
-def _load_pretrained(
-    source: str,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    revision: str | None,
-    device_map: str | dict[str, Any] | None = None,
-) -> tuple[Any, Any]:
-    """The Hugging Face model and tokenizer; a directory is read without the network."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    local = _is_local(source)
-    common = {
-        "local_files_only": local or os.environ.get("HF_HUB_OFFLINE") == "1",
-        "trust_remote_code": trust_remote_code,
-        "revision": revision,
-    }
-    if revision is None:
-        del common["revision"]
-    where = str(Path(source).expanduser()) if local else source
-    config = _reading(source, "config", lambda: AutoConfig.from_pretrained(where, **common))
-    _check_architecture(config, source)
-    check_not_quantized(config)
-    spread = {} if device_map is None else {"device_map": device_map}
-    model, report = _reading(
-        source,
-        "weights",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            where,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **spread,
-            **common,
-        ),
-    )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise InputError(
-            f"model_path: expected all tensors of the architecture in {source}, found "
-            f"{len(missing)} missing ({', '.join(missing[:3])})"
-        )
-    tokenizer = _reading(
-        source, "tokenizer", lambda: AutoTokenizer.from_pretrained(where, **common)
-    )
-    return model, tokenizer
-
-
-def _is_local(source: str) -> bool:
-    """Whether `source` means a directory; one that should exist and does not is an error."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(
-                f"model_path: expected a directory in Hugging Face format, found no config.json "
-                f"in {source}"
-            )
-        return True
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or path.exists()
-    if looks_local:
-        raise InputError(
-            f"model_path: expected a hub id (owner/name) or an existing directory, found nothing "
-            f"at {source}; check the path"
-        )
-    return False
-
-
-def _check_architecture(config: Any, source: str) -> None:
-    """Refuse what is no decoder before its weights are read."""
-    named = (config.architectures or [""])[0]
-    if named and not named.endswith(("ForCausalLM", "LMHeadModel")):
-        raise InputError(
-            f"model_path: expected an architecture among {', '.join(sorted(FAMILIES))}, or another "
-            f"decoder-only language model for the bridge, found {named} in {source}"
-        )
-
-
-def _reading(source: str, what: str, read: Callable[[], Any]) -> Any:
-    """Run a loader of transformers; whatever it raises becomes one line."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        return read()
-    except Exception as error:  # transformers raises of every kind on a damaged directory
-        raise InputError(
-            f"model_path: the {what} of {source} could not be read: {first_line(error)}; expected "
-            "a directory in Hugging Face format, a cached model, or a hub id that can be reached"
-        ) from error
-    finally:
-        logging.set_verbosity(level)
 
 
 def _info(

@@ -1,5 +1,7 @@
 """What a model must show before it is measured."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ def relative_difference(found: Tensor, reference: Tensor) -> float:
 def check_model(model: Any) -> dict[str, float]:
     """Compare with Hugging Face on a probe, row 0 full and row 1 left-padded.
 
-    Raises InputError unless: logits equal Hugging Face's; in every layer
+    Raises InputError unless: all numbers are finite; logits equal Hugging Face's; in every layer
     sum_h z_h W_O^h + b_O = attn_out; and zeroing the head that contributes most changes the
     logits. Returns the relative differences found.
     """
@@ -51,8 +53,13 @@ def check_model(model: Any) -> dict[str, float]:
         relative_difference(total[real], attn_out[name][real])
         for total, name in zip(parts, names, strict=True)
     )
+    if not all(map(math.isfinite, found.values())):
+        raise InputError(
+            f"self_check: expected finite numbers, found {not_finite(model, z)} "
+            "(--self_check false loads it all the same)"
+        )
     for what, value in found.items():
-        if not value <= tolerance:  # NaN fails too
+        if not value <= tolerance:
             raise InputError(
                 f"self_check: expected {what} within {tolerance:g} of Hugging Face's, found "
                 f"{value:.2g}; this model cannot be measured faithfully "
@@ -60,6 +67,27 @@ def check_model(model: Any) -> dict[str, float]:
             )
     _check_causal(tl, z, ids, mask, resid)
     return found
+
+
+def not_finite(model: Any, z: Mapping[int, Tensor]) -> str:
+    """Where NaN or infinity shows first: layer and heads, and the tensor it is from."""
+    tensor = next((n for n, p in model.hf.named_parameters() if not p.isfinite().all()), None)
+    why = f"the tensor {tensor} holds such numbers: mend the weights"
+    if tensor is None:
+        why = "the weights are finite, so the data type is too narrow: try --dtype fp32 or bf16"
+    for layer in sorted(z):
+        of_heads = [z[layer].isfinite().all(-1).all(1).all(0),
+                    hooks.W_O(model.tl, layer).isfinite().all(-1).all(-1)]  # fmt: skip
+        for finite in of_heads:
+            heads = torch.nonzero(~finite).flatten().tolist()
+            if heads:
+                return f"NaN or infinity in layer {layer}, head {_several(heads)}; {why}"
+    return f"NaN or infinity outside the attention heads; {why}"
+
+
+def _several(heads: list[int]) -> str:
+    shown = ", ".join(map(str, heads[:4]))
+    return shown if len(heads) <= 4 else f"{shown} and {len(heads) - 4} more"
 
 
 def _probe(model: Any) -> tuple[Tensor, Tensor]:

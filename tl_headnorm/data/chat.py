@@ -30,11 +30,24 @@ def as_chat(samples: Sequence[Sample], tokenizer: Any) -> list[Sample]:
     return [replace(s, prompt_text=_conversation(s, tokenizer)) for s in samples]
 
 
+def special_token_in(text: str, tokenizer: Any) -> str | None:
+    """The first special token that the tokenizer would read in a text, or None.
+
+    It is asked, not searched for: of a tokenizer's special tokens only those with a role are in
+    `all_special_tokens` (Llama 3's <|start_header_id|> is not), and some are found in any case.
+    """
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added | set(tokenizer.all_special_ids)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    found = next((i for i in ids if i in special), None)
+    return None if found is None else str(tokenizer.convert_ids_to_tokens(found))
+
+
 def _conversation(sample: Sample, tokenizer: Any) -> ChatText:
-    spelled = [token for token in tokenizer.all_special_tokens if token in sample.prompt_text]
-    if spelled:
+    spelled = special_token_in(sample.prompt_text, tokenizer)
+    if spelled is not None:
         raise InputError(
-            f"chat: expected prompts without special tokens, found {spelled[0]!r} in sample "
+            f"chat: expected prompts without special tokens, found {spelled!r} in sample "
             f"{sample.meta.get('id')}; change that question, or use --chat false"
         )
     turn = [{"role": "user", "content": sample.prompt_text}]

@@ -1,5 +1,6 @@
 """From questions to tokenised prompts by the settings of a run, and what to record of it."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ def prepare(
     if settings.chat:
         check_whole(samples, encoded)
         record["template"]["chat_sha256"] = chat_template_sha256(tokenizer)
+    if settings.few_shot:
+        solved = "\0".join(template.render(e) + template.target(e) for e in examples)
+        record["template"]["examples_sha256"] = hashlib.sha256(solved.encode()).hexdigest()
     return Prepared(samples, encoded, record)
 
 
@@ -117,6 +121,7 @@ def _record(
             "split": source.split,
             "path": source.path,
             "sha256": source.sha256,
+            "shard": source.shard,
         },
         "template": {
             "name": template.name,

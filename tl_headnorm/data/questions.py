@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from tl_headnorm.config.run import parse_shard
 from tl_headnorm.data.readers import Source, open_split, records_of_file
 from tl_headnorm.errors import InputError, unknown
 
@@ -45,6 +45,14 @@ class Questions(Sequence[Question]):
     path: str | None = None
     sha256: str | None = None
     data_dir: str | None = None
+    shard: str | None = None
+    places: range | None = None  # in the whole dataset, where this is a part of it
+
+    def __repr__(self) -> str:
+        """One line: where they came from, how many, and what was skipped."""
+        skipped = "".join(f", {n} skipped ({why})" for why, n in self.skipped.items())
+        source = f"{self.name} {self.split}".strip()
+        return f"Questions({source}: {len(self.items):,} questions{skipped})"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -52,7 +60,9 @@ class Questions(Sequence[Question]):
     def __getitem__(self, index: Any) -> Any:
         """A question, or for a slice the questions with the same provenance."""
         found = self.items[index]
-        return replace(self, items=found) if isinstance(index, slice) else found
+        if not isinstance(index, slice):
+            return found
+        return replace(self, items=found, places=self.places and self.places[index])
 
     def __iter__(self) -> Iterator[Question]:
         return iter(self.items)
@@ -153,20 +163,49 @@ def parse_record(record: Any, where: str = "") -> Question:
     stem, texts, labels = _choices(record.get("question"), record)
     if not stem.strip():
         raise BadRecord("expected a question, found an empty one")
+    if not texts:
+        raise BadRecord("expected options, found none")
     if len(texts) != len(labels):
         raise BadRecord(f"expected a label for each option, found {len(labels)} for {len(texts)}")
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise BadRecord(f"expected text in every option, found {text!r}")
-    names = [str(label).strip() for label in labels]
+    names = [_label(label) for label in labels]
     if len(set(names)) != len(names):
         raise BadRecord(f"expected different labels, found {names}")
+    for text in (stem, *texts, *names):
+        _check_unicode(text)
     answer = _answer_position(record.get("answerKey"), names)
     known = {"id", "question", "choices", "answerKey"}
     meta = {key: value for key, value in record.items() if key not in known}
-    given = record.get("id")
-    identity = where if given is None or given == "" else str(given)
+    identity = _identity(record.get("id"), where)
     return Question(identity, stem, tuple(texts), tuple(names), answer, {**meta, "source": where})
+
+
+def _label(label: Any) -> str:
+    if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
+        raise BadRecord(f"expected a label of text for each option, found {_kind(label)}")
+    return str(label).strip()
+
+
+def _identity(given: Any, where: str) -> str:
+    """The id; where the record has none, its file and line."""
+    if given is None or given == "":
+        return where
+    if isinstance(given, bool) or not isinstance(given, (str, int, float)):
+        raise BadRecord(f"expected text or a number under 'id', found {_kind(given)}")
+    _check_unicode(str(given))
+    return str(given)
+
+
+def _check_unicode(text: str) -> None:
+    """JSON can spell half a character (\\ud800), which no encoding can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(
+            f"expected Unicode text, found half a surrogate pair ({text[error.start]!r})"
+        ) from None
 
 
 def _answer_position(key: Any, labels: list[str]) -> int:
@@ -192,51 +231,79 @@ def load_questions(
     max_samples: int = -1,
     n_options: Sequence[int] = (4, 5),
     on_bad_record: str = "error",
+    shard: str | None = None,
 ) -> Questions:
     """The first `max_samples` usable questions of a dataset, in file order (-1: all).
 
     Usable: as many options as `n_options` allows; the others are counted in `skipped` by
     reason. A malformed record raises InputError naming file, line and fault, or with
-    `on_bad_record="skip"` is counted too. Raises InputError where no question is left.
+    `on_bad_record="skip"` is counted too. `shard="K/N"` takes every N-th of these questions from
+    the K-th on, and counts what was skipped before each of them: over all N parts every question
+    and every skipped record is there once. Only the part's own questions are kept in memory.
+    Raises InputError where no question is left.
     """
     if dataset not in DATASETS:
         raise unknown("dataset", dataset, DATASETS)
     folder = None if data_dir is None else str(data_dir)
+    part, parts = parse_shard(shard) or (1, 1)
     source = DATASETS[dataset](folder, split)
     skipped: Counter[str] = Counter()
-    usable = _usable(source.records, skipped, set(n_options), on_bad_record)
-    items = tuple(islice(usable, None if max_samples < 0 else max_samples))
+    items: list[Question] = []
+    count = 0
+    if max_samples:
+        for found in _usable(source.records, set(n_options), on_bad_record):
+            mine = count % parts == part - 1
+            if isinstance(found, str):
+                skipped[found] += mine
+                continue
+            if mine:
+                items.append(found)
+            count += 1
+            if count == max_samples:
+                break
+    skipped = +skipped
+    if count and not items:
+        raise InputError(
+            f"shard: expected at most as many parts as questions, found {count} in {source.path} "
+            f"for part {shard}; use {count} parts or fewer"
+        )
     if not items:
         reasons = ", ".join(f"{reason} ({n})" for reason, n in skipped.items()) or "it is empty"
         raise InputError(
             f"no usable question in {source.path}: expected questions with "
             f"{' or '.join(map(str, n_options))} options, found none: {reasons}"
         )
-    return Questions(items, dict(skipped), dataset, split, source.path, source.sha256(), folder)
+    return Questions(
+        tuple(items), dict(skipped), dataset, split, source.path, source.sha256(), folder,
+        shard, range(part - 1, count, parts),
+    )  # fmt: skip
 
 
 def _usable(
-    records: Iterable[tuple[str, Any]],
-    skipped: Counter[str],
-    n_options: set[int],
-    on_bad_record: str,
-) -> Iterator[Question]:
+    records: Iterable[tuple[str, Any]], n_options: set[int], on_bad_record: str
+) -> Iterator[Question | str]:
+    """Every usable question, and for every other record the reason why it is none."""
+    seen: set[str] = set()
     for where, record in records:
         try:
             if isinstance(record, BaseException):
                 raise BadRecord(str(record))
             question = parse_record(record, where)
+            if question.id in seen:
+                raise BadRecord(
+                    f"expected an id of its own, found {question.id!r} again, which an earlier "
+                    "question has"
+                )
         except BadRecord as error:
             if on_bad_record == "skip":
-                skipped["malformed record"] += 1
+                yield "malformed record"
                 continue
             raise InputError(
                 f"{where}: {error}; mend it, or pass --on_bad_record skip to count and skip"
             ) from None
-        if len(question.options) in n_options:
-            yield question
-        else:
-            skipped[f"{len(question.options)} options"] += 1
+        seen.add(question.id)
+        n = len(question.options)
+        yield question if n in n_options else f"{n} options"
 
 
 def questions_from_file(path: Path, name: str, split: str) -> Source:

@@ -128,11 +128,23 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 def _parse_line(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
-        return ValueError(f"expected UTF-8 text, found byte 0x{raw[error.start]:02x}")
-    except (json.JSONDecodeError, RecursionError) as error:
+        hint = "; save the file as UTF-8" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        return ValueError(f"expected UTF-8 text, found byte 0x{raw[error.start]:02x}{hint}")
+    # A ValueError that is no JSONDecodeError: a number of more than 4,300 digits.
+    except (ValueError, RecursionError) as error:
         return ValueError(f"expected one JSON object, found a broken line ({first_line(error)})")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a repeated key Python's reader would silently take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} twice")
+    return found
 
 
 def _rows(table: Any, path: Path) -> Iterator[Record]:

@@ -40,12 +40,13 @@ def read_texts(path: str | Path) -> Texts:
 
 def _lines(text: str, where: Path) -> tuple[str, ...]:
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: JSON allows U+2028 and its like inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{where}, line {number}: expected JSON, found a fault ({first_line(error)})"
             ) from None
@@ -55,6 +56,13 @@ def _lines(text: str, where: Path) -> tuple[str, ...]:
                 f"{where}, line {number}: expected a text or an object with 'text', found "
                 f"{type(item).__name__}"
             )
+        try:
+            item.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}, line {number}: expected Unicode text, found half a surrogate pair "
+                f"({item[error.start]!r})"
+            ) from None
         found.append(item)
     return tuple(found)
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_headnorm.figures.text import in_picture, on_page
 from tl_headnorm.files import write_bytes, write_text
 
 LABELS = {
@@ -89,11 +90,11 @@ def save_sweep(table: pd.DataFrame, column: str, stem: Path, title: str) -> bool
         axes[i].set_yticks(range(0, n_layers, max(1, n_layers // 16)))
     axes[0].set_ylabel("layer")
     picture.colorbar(image, ax=axes).set_label(LABELS[column], fontsize=8)
-    picture.suptitle(title, fontsize=10, x=0.01, ha="left")
+    picture.suptitle(in_picture(title), fontsize=10, x=0.01, ha="left")
     page.update_yaxes(autorange="reversed", dtick=1 if n_layers <= 20 else 4)
     page.update_yaxes(title="layer", row=1, col=1)
     page.update_layout(
-        title={"text": title, "x": 0.02}, template="plotly_white", plot_bgcolor="#d0d0d0",
+        title={"text": on_page(title), "x": 0.02}, template="plotly_white", plot_bgcolor="#d0d0d0",
         width=200 + len(grids) * max(320, 26 * n_heads), height=max(380, 190 + 26 * n_layers),
     )  # fmt: skip
     save(page, picture, stem)
@@ -127,11 +128,11 @@ def save_sets(table: pd.DataFrame, column: str, stem: Path, title: str) -> bool:
     axes.axvline(0, color="#333333", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(LABELS[column])
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(in_picture(title), fontsize=10, loc="left")
     if len(methods) > 1:
         axes.legend(fontsize=8, frameon=False)
     page.update_layout(
-        title={"text": title, "x": 0.02}, template="plotly_white", barmode="group",
+        title={"text": on_page(title), "x": 0.02}, template="plotly_white", barmode="group",
         height=max(360, 170 + 26 * len(names) * max(1, len(methods) // 2)), width=900,
     )  # fmt: skip
     page.update_yaxes(autorange="reversed", automargin=True)

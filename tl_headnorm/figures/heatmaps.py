@@ -7,23 +7,21 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from tl_headnorm.figures.text import in_picture, on_page
 from tl_headnorm.files import write_bytes, write_text
 
 COLORS = "Viridis"
 NO_DATA = "#d0d0d0"
 
 
-def _labels(array: xr.DataArray) -> tuple[str, str]:
-    """(title, colour bar label) from the array's attributes, or its name where it has none."""
+def _labels(array: xr.DataArray) -> tuple[str, str, str]:
+    """(title, what it is of, colour bar label) from the attributes, or the name without them."""
     attrs = array.attrs
     statistic = attrs.get("statistic", "")
     formula = attrs.get("formula", str(array.name or "value"))
     unit = attrs.get("units", "")
     label = f"{statistic} {formula}".strip()
-    title = f"{label} of every head"
-    if "title" in attrs:
-        title += f"<br><sub>{attrs['title']}</sub>"
-    return title, f"{label}<br>{unit}"
+    return f"{label} of every head", str(attrs.get("title", "")), f"{label}<br>{unit}"
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -62,7 +60,8 @@ def heatmap(array: xr.DataArray, title: str | None = None) -> Any:
     import plotly.graph_objects as go
 
     values = np.asarray(array.values, np.float64)
-    heading, label = _labels(array)
+    heading, sub, label = _labels(array)
+    heading = on_page(heading) + (f"<br><sub>{on_page(sub)}</sub>" if sub else "")
     n_layers, n_heads = values.shape
     figure = go.Figure(
         go.Heatmap(
@@ -113,7 +112,7 @@ def heatmap_png(array: xr.DataArray, title: str | None = None) -> bytes:
     from matplotlib.figure import Figure
 
     values = np.asarray(array.values, np.float64)
-    heading, label = _labels(array)
+    heading, of, label = _labels(array)
     n_layers, n_heads = values.shape
     size = (max(5.6, 2.2 + 0.26 * n_heads), max(3.6, 1.6 + 0.26 * n_layers))
     figure = Figure(figsize=size, layout="constrained", dpi=160)
@@ -126,13 +125,16 @@ def heatmap_png(array: xr.DataArray, title: str | None = None) -> bytes:
     axes.set_yticks(range(0, n_layers, _step(n_layers)))
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
-    head, _, sub = (title or heading).partition("<br>")
-    axes.set_title(head, loc="left", fontsize=11, pad=20 if sub else 8)
-    if sub:
-        plain = sub.replace("<sub>", "").replace("</sub>", "")
-        axes.text(0, 1.02, plain, transform=axes.transAxes, fontsize=7.5, color="#444444")
+    if title:
+        heading, _, of = title.replace("<sub>", "").replace("</sub>", "").partition("<br>")
+    axes.set_title(in_picture(heading), loc="left", fontsize=11, pad=20 if of else 8)
+    if of:
+        of_text = axes.text(
+            0, 1.02, in_picture(of), transform=axes.transAxes, fontsize=7.5, color="#444444"
+        )
+        of_text.set_in_layout(False)  # a long name is cut off: it must not squeeze the picture
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label(label.replace("<br>", "\n"), fontsize=8)
+    bar.set_label(in_picture(label.replace("<br>", "\n")), fontsize=8)
     for layer, column in np.argwhere(np.isnan(values)) if np.isnan(values).sum() <= 64 else []:
         axes.text(column, layer, "×", ha="center", va="center", fontsize=7, color="#777777")
     if np.isnan(values).any():
@@ -156,7 +158,7 @@ def save_bars(report: Any, stem: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = report["contenders"]
-    base = rows.get("hf_forward")
+    base = rows.get(report["base"])
     names = list(rows)
     unit = base["samples_per_second"] if base else 1.0
     values = [rows[name]["samples_per_second"] / unit for name in names]
@@ -170,7 +172,8 @@ def save_bars(report: Any, stem: Path) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("throughput, bare forward pass = 1" if base else "samples per second")
+    one = "bare forward pass" if report["base"] == "hf_forward" else report["base"]
+    axes.set_xlabel(f"throughput, {one} = 1" if base else "samples per second")
     work, machine = report["workload"], report["machine"]
     axes.set_title(
         f"{work['samples']} prompts, {work['model']['n_layers']} layers, "

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from tl_headnorm.figures.ablation import canvas, save
+from tl_headnorm.figures.text import in_picture, on_page
 
 PALETTE = ["#440154", "#2a788e", "#7ad151", "#d1495b", "#888888"]
 
@@ -41,10 +42,12 @@ def _lines(
     axes.set_xticks(layers[:: max(1, len(layers) // 16)])
     axes.set_xlabel("layer (residual after the block)")
     axes.set_ylabel(y)
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(in_picture(title), fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
-    page.update_layout(title={"text": title, "x": 0.02}, template="plotly_white", width=900)
+    page.update_layout(
+        title={"text": on_page(title), "x": 0.02}, template="plotly_white", width=900
+    )
     page.update_xaxes(title="layer (residual after the block)", dtick=1)
     page.update_yaxes(title=y)
     save(page, picture, stem)
@@ -107,8 +110,8 @@ def save_layer_sweep(run: xr.Dataset, stem: Path, title: str) -> bool:
         axes[i].set_xticks(range(0, grid.shape[1], max(1, grid.shape[1] // 12)))
         axes[i].set_yticks(range(0, len(grid), max(1, len(grid) // 12)))
     picture.colorbar(image, ax=axes).set_label("change of the largest |x| (%)", fontsize=8)
-    picture.suptitle(f"Layer by layer · {title}", fontsize=10, x=0.01, ha="left")
-    page.update_layout(title={"text": f"Layer by layer · {title}", "x": 0.02},
+    picture.suptitle(in_picture(f"Layer by layer · {title}"), fontsize=10, x=0.01, ha="left")
+    page.update_layout(title={"text": on_page(f"Layer by layer · {title}"), "x": 0.02},
                        template="plotly_white", width=950, height=470)  # fmt: skip
     page.update_yaxes(autorange="reversed", title="layer switched off", dtick=1)
     page.update_xaxes(title="layer looked at", dtick=1)
@@ -146,10 +149,11 @@ def save_ranking(run: xr.Dataset, stem: Path, title: str, most: int = 24) -> Non
     axes[0].tick_params(axis="y", labelsize=7)
     axes[0].invert_yaxis()
     axes[0].set_ylabel("layer.head")
-    picture.suptitle(f"Heads by attention to the token · {title}", fontsize=10, x=0.01, ha="left")
+    heading = f"Heads by attention to the token · {title}"
+    picture.suptitle(in_picture(heading), fontsize=10, x=0.01, ha="left")
     page.update_yaxes(autorange="reversed", type="category")
     page.update_layout(
-        title={"text": f"Heads by attention to the token · {title}", "x": 0.02}, showlegend=False,
+        title={"text": on_page(heading), "x": 0.02}, showlegend=False,
         template="plotly_white", width=950, height=max(380, 160 + 20 * len(names)),
     )  # fmt: skip
     save(page, picture, stem)
@@ -178,16 +182,16 @@ def save_pictures(run: xr.Dataset, tokens: list[str], stem: Path, title: str) ->
     fixed = {**scene, "zaxis_range": [0, top]}
     heading = f"Layer {run.attrs['picture_layer']}, |x| of the residual · {title}"
     page.update_layout(scene=fixed, scene2=fixed, scene3=scene, template="plotly_white",
-                       title={"text": heading, "x": 0.02}, height=520, width=1300,
+                       title={"text": on_page(heading), "x": 0.02}, height=520, width=1300,
                        showlegend=False)  # fmt: skip
-    picture.suptitle(heading, fontsize=10, x=0.01, ha="left")
+    picture.suptitle(in_picture(heading), fontsize=10, x=0.01, ha="left")
     save(page, picture, stem)
 
 
 def _bars(grid: np.ndarray, tokens: list[str]) -> Any:
     import plotly.graph_objects as go
 
-    shown = [[f"{t!r}"] * grid.shape[1] for t in tokens]
+    shown = [[on_page(repr(t))] * grid.shape[1] for t in tokens]
     return go.Surface(
         z=grid, customdata=shown, colorscale="Viridis", showscale=False,
         hovertemplate="dim %{x}, token %{y} %{customdata}<br>%{z:.4g}<extra></extra>",

@@ -12,8 +12,8 @@ import pandas as pd
 from tl_headnorm.errors import InputError, first_line, nearest
 
 Heads = tuple[tuple[int, int], ...]
-_HEADS = re.compile(r"(\d+)\.(?:(\d+)(?:-(\d+))?|(\*))")
-_RANKED = re.compile(r"(top|bottom):(\d+)")
+_HEADS = re.compile(r"([0-9]{1,9})\.(?:([0-9]{1,9})(?:-([0-9]{1,9}))?|(\*))")
+_RANKED = re.compile(r"(top|bottom):([0-9]{1,9})")
 _HELP = "L.H, L.H-H, L.*, a file, all, sweep, none, top:K or bottom:K"
 
 
@@ -28,7 +28,7 @@ def parse_layers(text: str, n_layers: int, setting: str = "layers") -> tuple[int
         return tuple(range(n_layers)) if text == "all" else ()
     found: set[int] = set()
     for part in re.split(r"[,\s]+", text.strip()):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
         if not match:
             raise InputError(
                 f"{setting}: expected all, none or layers such as 0,3-5, found {text!r}"
@@ -64,18 +64,48 @@ def _of_file(path: Path) -> set[tuple[int, int]]:
     import yaml
 
     try:
-        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        _check_once(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        data: Any = yaml.safe_load(text)  # JSON is YAML
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             f"heads: expected a file with 'layer: [heads]', found {path} ({first_line(error)})"
         ) from None
     try:
-        return {(int(layer), int(head)) for layer, heads in data.items() for head in heads}
+        pairs = [(layer, head) for layer, heads in data.items() for head in _list(heads)]
+        return {(_number(layer), _number(head)) for layer, head in pairs}
     except (AttributeError, TypeError, ValueError):
         raise InputError(
             f"heads: expected 'layer: [heads]' in {path}, such as {{\"3\": [0, 2]}}, found "
             f"{json.dumps(data, default=str)[:60]}"
         ) from None
+
+
+def _check_once(root: Any, path: Path) -> None:
+    """YAML lets a repeated key silently win: half of a layer's heads would be lost."""
+    import yaml
+
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    keys = [str(key.value) for key, _ in pairs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise InputError(f"heads: expected each layer once in {path}, found {twice} again")
+
+
+def _number(value: Any) -> int:
+    """A whole number; int() alone would take true for 1 and 2.7 for 2."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(value)
+    return int(value)
+
+
+def _list(value: Any) -> list[Any]:
+    """A list; "12" is none of heads 1 and 2."""
+    if not isinstance(value, list):
+        raise TypeError(value)
+    return value
 
 
 def _checked(heads: set[tuple[int, int]], n_layers: int, n_heads: int) -> Heads:

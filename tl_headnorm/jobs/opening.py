@@ -37,6 +37,7 @@ def open_questions(settings: Any, dataset: str | None = None, data_dir: Any = ..
         max_samples=settings.max_samples,
         n_options=settings.n_options,
         on_bad_record=settings.on_bad_record,
+        shard=settings.shard,
     )
 
 
@@ -51,6 +52,7 @@ def open_model(settings: Any) -> Model:
         self_check=settings.self_check,
         trust_remote_code=settings.trust_remote_code,
         adapter_path=settings.adapter_path,
+        pickled_weights=settings.pickled_weights,
     )
 
 

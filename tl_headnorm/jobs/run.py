@@ -5,30 +5,50 @@ from pathlib import Path
 from typing import Any
 
 from tl_headnorm import results
-from tl_headnorm.collecting import collect
+from tl_headnorm.collecting import collect, collect_share
 from tl_headnorm.config.run import BenchSettings, EvaluateSettings, Settings
 from tl_headnorm.data.prepare import prepare
+from tl_headnorm.data.questions import Questions
 from tl_headnorm.figures.heatmaps import save_bars, save_heatmap
 from tl_headnorm.files import write_json, write_with
 from tl_headnorm.hf import describe, validate
+from tl_headnorm.jobs.keeping import kept_run
 from tl_headnorm.jobs.opening import open_both, run_dir, say
-from tl_headnorm.measures import MEASURES
+from tl_headnorm.jobs.report import report_of_new_run
+from tl_headnorm.measures import choose_measures
+from tl_headnorm.model import Model
 
 
-def run_collect(settings: Settings) -> Path:
-    """Measure, write the run directory, say in a few lines what came out; its path."""
-    with run_dir(settings.output_dir, settings.experiment_name) as path:
-        model, questions = open_both(settings)
-        run = collect(model, questions, settings, scratch=path)
-        if not settings.per_sample:
-            run = run.drop_vars([name for name in MEASURES if name in run])
+def run_collect(settings: Settings) -> Path | None:
+    """Measure, write the run directory, say in a few lines what came out; its path.
+
+    Of several processes the first writes; the others return None.
+    """
+    with kept_run(settings) as kept:
+        path = kept.path
+        if kept.finished:
+            if kept.ranks.first:
+                say(f"{path} is finished: nothing is left to do")
+            return path if kept.ranks.first else None
+        model, questions = kept.ranks.together(lambda: _open(kept.placed))
+        as_begun = replace(settings, resume=None)
+        run = collect_share(model, questions, as_begun, keeper=kept.keeper)
+        if run is None:
+            return None
         results.save_arrays(run, path)
-        for name in MEASURES:
+        for name in results.measures_of(run):
             save_heatmap(run[f"{name}_mean"], path / f"{name}_heatmap")
-        results.remove_scratch(path)
+        report_of_new_run(run, path, questions)
         results.finish(run, path)
+        kept.finish()
     say(_in_short(run.attrs))
     return path
+
+
+def _open(settings: Settings) -> tuple[Model, Questions]:
+    # First: an unknown measure is found at once, a model is slow to load.
+    choose_measures(settings.measures, settings.measures_file, scored=settings.score_answers)
+    return open_both(settings)
 
 
 def _in_short(meta: dict[str, Any]) -> str:
@@ -51,7 +71,7 @@ def run_validate(settings: Settings) -> tuple[Path, bool]:
     with run_dir(settings.output_dir, f"{settings.experiment_name}_validation") as path:
         model, questions = open_both(settings)
         chosen = questions[: settings.validate_samples or None]
-        plain = replace(settings, validate_samples=0)
+        plain = replace(settings, validate_samples=0, per_sample=True)
         run = collect(model, chosen, plain)
         encoded = prepare(model.tokenizer, model.n_ctx, chosen, plain).encoded
         report = validate(model, run, encoded, plain, progress=True)
