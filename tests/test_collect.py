@@ -136,14 +136,16 @@ def test_batch_tokens_follow_free_memory(monkeypatch):
 
 
 def test_a_layer_that_does_not_fire_is_nan_with_count_zero(monkeypatch, tiny, questions):
-    original = hooks.run_z
+    original = hooks.run_layers
 
-    def without_layer_two(*args, **kwargs):
-        seen = original(*args, **kwargs)
-        seen.z.pop(2)
-        return seen
+    def without_layer_two(tl, ids, mask, take, **kwargs):
+        def most(layer, read):
+            if layer != 2:
+                take(layer, read)
 
-    monkeypatch.setattr(hooks, "run_z", without_layer_two)
+        return original(tl, ids, mask, most, **kwargs)
+
+    monkeypatch.setattr(hooks, "run_layers", without_layer_two)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = collect(tiny, questions, progress=False)

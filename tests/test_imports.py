@@ -15,11 +15,12 @@ LEVELS = (
     {"__main__", "__init__"},
     {"cli"},
     {"jobs", "demo"},
-    {"studies", "figures", "bench", "contenders", "agreement"},
-    {"intervene", "collecting", "measuring"},
-    {"model", "families", "bridge", "adapters", "selfcheck", "hooks", "hf"}
-    | {"data", "results", "memory", "fast", "store"},
-    {"measures", "points", "stats", "commands", "config", "files", "errors", "shapes", "tiny"},
+    {"studies", "figures", "bench", "contenders", "study_contenders", "agreement"},
+    {"intervene", "collecting", "measuring", "fingerprints", "merging"},
+    {"model", "pretrained", "families", "bridge", "adapters", "selfcheck", "hooks", "hf"}
+    | {"data", "results", "memory", "fast", "store", "checkpoints"},
+    {"measures", "points", "stats", "commands", "config", "files", "errors", "shapes", "tiny"}
+    | {"notebook", "sharding", "stopping"},
 )
 LEVEL = {name: height for height, level in enumerate(reversed(LEVELS)) for name in level}
 # The oracle must not share the code under test. (Directly: it hands the run to `collecting`.)

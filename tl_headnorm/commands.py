@@ -1,12 +1,21 @@
 """The commands: each one's help line, settings, and the job that does it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any
 
+from tl_headnorm.config.attention import AttentionSettings
 from tl_headnorm.config.attribute import AttributeSettings
+from tl_headnorm.config.compare import CompareSettings
+from tl_headnorm.config.inactive import InactiveSettings
+from tl_headnorm.config.launch import processes
+from tl_headnorm.config.merge import MergeSettings
+from tl_headnorm.config.report import ReportSettings
 from tl_headnorm.config.run import BenchSettings, DemoSettings, EvaluateSettings, Settings
+from tl_headnorm.config.steer import SteerSettings
 from tl_headnorm.config.studies import AblateSettings, MassiveSettings
+from tl_headnorm.errors import InputError
 
 DONE, CHECK_FAILED = 0, 1
 
@@ -24,24 +33,45 @@ class Command:
     job: str
     skip: tuple[str, ...] = ()  # inherited settings that would do nothing here
     positional: str | None = None  # a setting, a list of text, given without --name
+    shared: bool = False  # whether the processes of a launcher may share the work
 
     @property
     def names(self) -> list[str]:
         """Its settings' names."""
         return [f.name for f in fields(self.settings) if f.name not in self.skip]
 
-    def run(self, settings: Any) -> int:
-        """Do the job and print the directory it wrote; the exit code."""
+    def run(self, settings: Any, together: Callable[..., Any] = lambda work: work()) -> int:
+        """Do the job and print the directory it wrote; the exit code.
+
+        Of several processes, those that write nothing return None for it.
+        """
+        if not self.shared:
+            together(_one_process)
         module, _, function = self.job.partition(":")
         found = getattr(import_module(f"tl_headnorm.{module}"), function)(settings)
         path, held = found if isinstance(found, tuple) else (found, True)
-        print(path)
+        if path is not None:
+            print(path)
         return DONE if held else CHECK_FAILED
 
 
+def _one_process() -> None:
+    if processes() > 1:
+        raise InputError(
+            f"expected one process for this command, found {processes()} of a launcher; only "
+            "collect shares its work between them"
+        )
+
+
+# Settings of a run that is kept as it goes.
+_KEEPING = ("checkpoint_every", "resume")
 # Settings of a run that do nothing in a study of many runs.
-_NOT_IN_STUDIES = ("per_sample", "score_answers", "validate_samples")
+_MEASURES = ("measures", "measures_file")
+_NOT_IN_STUDIES = (
+    "shard", "per_sample", "score_answers", "validate_samples", *_MEASURES, *_KEEPING,
+)  # fmt: skip
 _AGGREGATION = ("token_agg", "exclude_first_token")
+_BATCHES = ("padding_side", "batch_size", "max_batch_tokens")
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
@@ -53,17 +83,31 @@ COMMANDS: dict[str, Command] = {
         "Measure every head over a dataset and write a run directory.",
         Settings,
         "jobs.run:run_collect",
+        shared=True,
     ),
     "validate": Command(
         "Compare the same numbers with Hugging Face's own forward.",
         Settings,
         "jobs.run:run_validate",
+        skip=(*_MEASURES, *_KEEPING),
     ),
     "evaluate": Command(
         "Accuracy by answer letter, or by the likelihood of each option's text.",
         EvaluateSettings,
         "jobs.run:run_evaluate",
         skip=(*_AGGREGATION, *_NOT_IN_STUDIES),
+    ),
+    "merge": Command(
+        "Merge run directories of collect that measured different samples.",
+        MergeSettings,
+        "jobs.merge:run_merge",
+        positional="runs",
+    ),
+    "compare": Command(
+        "Set two runs side by side: what changed in every head, and the answers.",
+        CompareSettings,
+        "jobs.compare:run_compare",
+        positional="runs",
     ),
     "ablate": Command(
         "Remove heads or MLPs and measure answers, loss and perplexity.",
@@ -82,6 +126,30 @@ COMMANDS: dict[str, Command] = {
         AttributeSettings,
         "jobs.attribute:run_attribute",
         skip=(*_NOT_IN_STUDIES, *_AGGREGATION),
+    ),
+    "attention": Command(
+        "Show where heads look: patterns, keywords, while writing, under distraction.",
+        AttentionSettings,
+        "jobs.attention:run_attention",
+        skip=(*_NOT_IN_STUDIES, *_AGGREGATION, *_BATCHES),
+    ),
+    "steer": Command(
+        "Boost or suppress attention to chosen tokens, and see what becomes of the answers.",
+        SteerSettings,
+        "jobs.steer:run_steer",
+        skip=(*_NOT_IN_STUDIES, *_AGGREGATION),
+    ),
+    "inactive": Command(
+        "Score heads in every way, switch the lowest off, and see what the model can do without.",
+        InactiveSettings,
+        "jobs.inactive:run_inactive",
+        skip=(*(name for name in _NOT_IN_STUDIES if name not in _MEASURES), *_AGGREGATION),
+    ),
+    "report": Command(
+        "Write a run's report.html again, with the studies that lie beside it now.",
+        ReportSettings,
+        "jobs.report:run_report",
+        positional="runs",
     ),
     "bench": Command(
         "Time the same prompts through Hugging Face, TransformerLens and this package.",

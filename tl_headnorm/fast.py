@@ -29,6 +29,7 @@ FIRED = (
     "attn.hook_q",
     "attn.hook_k",
     "attn.hook_v",
+    "attn.hook_pattern",
     "attn.hook_z",
 )
 
@@ -52,6 +53,7 @@ class _Layout:
     source: Tensor
     n_new: int
     allowed: Bool[Tensor, "batch 1 q k"]
+    real_keys: Bool[Tensor, "batch 1 1 k"]
     cos: Float[Tensor, "batch q 1 half"]
     sin: Float[Tensor, "batch q 1 half"]
 
@@ -75,10 +77,11 @@ def _make_layout(attn: Any, mask: Tensor, n_new: int) -> _Layout:
     n_keys = mask.shape[1]
     keys = torch.arange(n_keys, device=mask.device)
     queries = keys[n_keys - n_new :, None]
-    allowed = (keys <= queries) & mask.bool()[:, None, None, :]
+    real = mask.bool()[:, None, None, :]
+    allowed = (keys <= queries) & real
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, n_keys - n_new :]
     cos, sin = rotary_tables(attn, positions)
-    return _Layout(mask, n_new, allowed | (keys == queries), cos, sin)
+    return _Layout(mask, n_new, allowed | (keys == queries), real, cos, sin)
 
 
 def rotary_tables(attn: Any, positions: Int[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
@@ -133,6 +136,8 @@ def _attention(
     repeats = attn.cfg.n_heads // k.shape[2]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
+    if _watched(attn.hook_pattern):
+        return attn.hook_z(_by_pattern(attn, q, k, v, allowed, layout.real_keys))
     z = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -141,6 +146,26 @@ def _attention(
         scale=1 / attn.attn_scale,
     )
     return attn.hook_z(z.transpose(1, 2))
+
+
+def _by_pattern(
+    attn: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, real: Tensor
+) -> Float[Tensor, "b q h d"]:
+    """z with the attention weights in full, as hook_pattern is to see them: in float32 or wider.
+
+    As in the stock forward, a padded key has no weight, nor has anything at a query before the
+    first real key.
+    """
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / attn.attn_scale
+    seen = allowed & real
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    pattern = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=wide)
+    pattern = attn.hook_pattern(pattern.masked_fill(~seen.any(-1, keepdim=True), 0))
+    return torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v)
+
+
+def _watched(point: Any) -> bool:
+    return bool(point._forward_hooks or point._backward_hooks)
 
 
 def _rotated_past(attn: Any, past: Any) -> Tensor:
@@ -163,10 +188,12 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return F.linear(post, mlp.W_out.T, mlp.b_out)
 
 
-def _usable(block: Any, past: Any, mask: Tensor | None) -> bool:
+def _usable(block: Any, past: Any, mask: Tensor | None, cut: bool) -> bool:
     """Whether nothing but FIRED is watched and the pass is of the kind computed here."""
-    if mask is None or any(point._forward_hooks or point._backward_hooks for point in block.silent):
+    if mask is None or any(map(_watched, block.silent)):
         return False
+    if cut and _watched(block.attn.hook_pattern):
+        return False  # whoever looks at the pattern sees all of it
     cfg = block.cfg
     if cfg.use_attn_result or cfg.use_split_qkv_input or cfg.use_attn_in or cfg.use_hook_mlp_in:
         return False
@@ -183,7 +210,8 @@ def _forward(
 ) -> Tensor:
     shared: Shared = block.shared
     tail = shared.tail if block.is_last else None
-    if attention_mask is None or not _usable(block, past_kv_cache_entry, attention_mask):
+    cut = tail is not None and not tail.z_everywhere
+    if attention_mask is None or not _usable(block, past_kv_cache_entry, attention_mask, cut):
         resid = block.stock_forward(
             resid_pre, shortformer_pos_embed, past_kv_cache_entry, attention_mask
         )

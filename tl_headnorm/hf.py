@@ -167,6 +167,17 @@ def compare(
     }
 
 
+def comparable(measures: Sequence[str]) -> list[str]:
+    """Those of the measures that Hugging Face is asked for. Raises InputError for none."""
+    found = [name for name in NAMES if name in measures]
+    if not found:
+        raise InputError(
+            f"validate_samples: expected {NAMES[0]} or {NAMES[1]} to be measured, which Hugging "
+            "Face is asked for, found neither; add one to --measures"
+        )
+    return found
+
+
 def validate(
     model: Any,
     run: xr.Dataset,
@@ -183,6 +194,7 @@ def validate(
     tolerance of the dtype.
     """
     chosen = encoded if limit < 0 else encoded[:limit]
+    names = comparable([str(name) for name in run.data_vars])
     reference = measure_samples(
         model.hf,
         chosen,
@@ -199,7 +211,7 @@ def validate(
         "tolerance": {"per_sample": per_sample, "mean": of_means},
         "measures": {},
     }
-    for name in NAMES:
+    for name in names:
         ours, theirs = run[name].values[: len(chosen)].astype(np.float64), reference[name]
         report["measures"][name] = _compare_measure(ours, theirs)
     entries = report["measures"].values()

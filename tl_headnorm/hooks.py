@@ -1,6 +1,6 @@
 """The forward passes: read z, edit z, score the last token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from tl_headnorm.fast import Tail, stopping_at
 from tl_headnorm.measures import take_position
 
 ZByLayer = dict[int, Float[Tensor, "batch pos head d_head"]]
+# Takes a layer and what was read of it; a tensor given back takes the place of z.
+Take = Callable[[int, dict[str, Tensor]], Tensor | None]
 
 
 def head_sum_name(tl: Any, layer: int) -> str:
@@ -67,8 +69,13 @@ class Pass:
     extra: dict[str, Tensor]
 
 
-def run_prefix(tl: Any, ids: Sequence[int]) -> Prefix:
-    """Run a common prefix on its own and freeze its keys and values for later batches."""
+def run_prefix(
+    tl: Any, ids: Sequence[int], *, reads: Sequence[str] = ("z",), take: Take | None = None
+) -> Prefix:
+    """Run a common prefix on its own and freeze its keys and values for later batches.
+
+    With `take` its layers are handed over as in `run_layers`, and z is not kept.
+    """
     tokens = torch.tensor([list(ids)], device=tl.cfg.device)
     if is_bridge(tl):
         return Prefix(tuple(ids), None, run_z(tl, tokens, torch.ones_like(tokens)).z)
@@ -76,17 +83,109 @@ def run_prefix(tl: Any, ids: Sequence[int]) -> Prefix:
 
     _check_length(tl, len(ids))
     cache = TransformerLensKeyValueCache.init_cache(tl.cfg, tl.cfg.device, 1)
-    names = {points.z(layer): layer for layer in range(tl.cfg.n_layers)}
-    _, found = tl.run_with_cache(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        past_kv_cache=cache,
-        names_filter=lambda name: name in names,
-        stop_at_layer=tl.cfg.n_layers,
-        return_cache_object=False,
-    )
+    z: ZByLayer = {}
+    keep = take or (lambda layer, read: z.__setitem__(layer, read["z"]))
+    with tl.hooks(fwd_hooks=_readers(tl, reads, keep)):
+        to_last_block(tl, tokens, torch.ones_like(tokens), past=cache)
     cache.freeze()
-    return Prefix(tuple(ids), cache, {names[name]: z for name, z in found.items()})
+    return Prefix(tuple(ids), cache, z)
+
+
+def _readers(tl: Any, reads: Sequence[str], take: Take) -> list[tuple[str, Any]]:
+    """Hooks that gather what is read of each layer and hand it over at z, its last part."""
+    held: dict[str, Tensor] = {}
+
+    def reader(layer: int, name: str) -> Any:
+        def read(value: Tensor, hook: Any) -> Tensor | None:
+            held[name] = value
+            if name != "z":
+                return None
+            found = dict(held)
+            held.clear()
+            return take(layer, found)
+
+        return read
+
+    return [
+        (getattr(points, name)(layer), reader(layer, name))
+        for layer in range(tl.cfg.n_layers)
+        for name in reads
+    ]
+
+
+def run_layers(
+    tl: Any,
+    ids: Int[Tensor, "batch pos"],
+    mask: Int[Tensor, "batch pos"],
+    take: Take,
+    *,
+    reads: Sequence[str] = ("z",),
+    prefix: Prefix | None = None,
+    tail: Tail | None = None,
+) -> Float[Tensor, "batch resid_pos d_model"]:
+    """Hand every layer's activations to `take(layer, {name: activation})` as the pass goes.
+
+    `reads` are names of hook points in points.py, z among them; only they are hooked, and only
+    one layer's are held at a time. Their first axis is the batch; what the prefix gave is not in
+    them, but for a pattern's keys. With a `tail`, positions are cut by the last block alone.
+    Returns the residual stream after the last block. A tensor that `take` gives back takes the
+    place of z. A bridge hands over z only, and when all is done.
+    """
+    _check_length(tl, ids.shape[1] + (len(prefix) if prefix else 0))
+    if is_bridge(tl):
+        if set(reads) - {"z"}:
+            raise InputError(
+                f"measures: expected what reads z alone on a bridge, found "
+                f"{', '.join(sorted(set(reads) - {'z'}))} to be read; use --engine hooked"
+            )
+        seen = _run_bridge(tl, ids, mask, prefix, tail, ())
+        for layer, z in seen.z.items():
+            take(layer, {"z": z})
+        return seen.resid
+    past = _for_batch(tl, prefix, len(ids)) if prefix else None
+    with (
+        tl.hooks(fwd_hooks=_readers(tl, reads, take)),
+        stopping_at(tl, tail) if tail else nullcontext(False) as shortened,
+    ):
+        resid = to_last_block(tl, ids, mask, past=past)
+    return take_position(resid, tail.last) if tail and not shortened else resid
+
+
+def past_values(prefix: Prefix, layer: int) -> Float[Tensor, "1 pos kv_head d_head"]:
+    """Values of the prefix's tokens."""
+    return prefix.cache.entries[layer].past_values
+
+
+def answer_directions(
+    tl: Any,
+    letter_ids: Int[Tensor, "batch option"],
+    n_options: Int[Tensor, " batch"],
+    answers: Int[Tensor, " batch"],
+) -> Float[Tensor, "batch d_model"]:
+    """u with x u / scale = logit of the answer's letter minus the mean of the other letters'.
+
+    x is the residual at the last token (centred within u where the final norm centres), scale
+    `final_scale`; what biases add is left out. float32 or wider.
+    """
+    norm, W_U = tl.ln_final, tl.unembed.W_U
+    wide = torch.promote_types(W_U.dtype, torch.float32)
+    columns = W_U.T[letter_ids].to(wide)
+    option = torch.arange(letter_ids.shape[1], device=letter_ids.device)
+    right = option == answers[:, None]
+    others = (option < n_options[:, None]) & ~right
+    weight = right.to(wide) - others.to(wide) / others.sum(1, keepdim=True).clamp_min(1)
+    direction = torch.einsum("bo,bom->bm", weight, columns) * norm.w.to(wide)
+    if tl.cfg.normalization_type == "LN":  # <x - mean(x), u> = <x, u - mean(u)>
+        direction = direction - direction.mean(-1, keepdim=True)
+    return direction
+
+
+def final_scale(tl: Any, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, " batch"]:
+    """What the final norm divides a residual vector by."""
+    wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+    if tl.cfg.normalization_type == "LN":
+        wide = wide - wide.mean(-1, keepdim=True)
+    return (wide.pow(2).mean(-1) + tl.ln_final.eps).sqrt()
 
 
 def _for_batch(tl: Any, prefix: Prefix, batch_size: int) -> Any:

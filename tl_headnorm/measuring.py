@@ -10,14 +10,25 @@ from torch import Tensor
 
 from tl_headnorm import hooks
 from tl_headnorm.data.batches import Batch
+from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.fast import Tail
 from tl_headnorm.measures import (
-    MEASURES,
+    NORMS,
+    READS,
+    Measure,
+    Seen,
+    Weights,
     contribution_factor,
     last_real_position,
+    ratio,
     sum_over_tokens,
+    take_position,
 )
+from tl_headnorm.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory
 from tl_headnorm.model import Model
+
+# Bytes per entry of a pattern at its widest: scores, weights, and what a measure makes of them.
+PATTERN_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,25 @@ class How:
     score: bool = False
     share_prefix: bool = True
     sort: bool = True
+    measures: tuple[Measure, ...] = NORMS
+    # Position of the right option by sample index, for measures that read `answer`.
+    answers: Sequence[int] | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Hook points that the measures need, z last."""
+        found = {name for measure in self.measures for name in measure.reads}
+        return tuple(name for name in reversed(READS) if name in found and name != "answer")
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all queries are looked at, or the last one alone."""
+        looked_at = {"pattern", "v"} & set(self.reads)
+        return bool(looked_at) or any(not m.at_last(self.token_agg) for m in self.measures)
+
+    @property
+    def final_scale(self) -> bool:
+        return any(measure.final_scale for measure in self.measures)
 
 
 Factors = Mapping[int, Tensor]
@@ -52,25 +82,45 @@ def factors_of(model: Model) -> dict[int, Float[Tensor, "head k d_head"]]:
     return {layer: contribution_factor(hooks.W_O(model.tl, layer)) for layer in layers}
 
 
+def most_tokens(model: Model, how: How, longest: int) -> int:
+    """Padded tokens per pass: the setting, or what fits; a pattern takes `longest` per token."""
+    if how.max_batch_tokens != "auto":
+        return int(how.max_batch_tokens)
+    most = auto_batch_tokens(model)
+    if "pattern" in how.reads:
+        per_token = PATTERN_BYTES * model.info.n_heads * longest
+        most = min(most, int(SHARE * free_bytes(model.device)) // per_token)
+    return max(most, 1)
+
+
 class Measurer:
     """Measures batches of one group of prompts; the shared prefix is run once, here."""
 
     def __init__(self, model: Model, factors: Factors, how: How, prefix: Sequence[int]) -> None:
-        self.model, self.factors, self.how = model, factors, how
-        self.prefix = hooks.run_prefix(model.tl, prefix) if prefix else None
-        self.before = self._prefix_sums() if prefix and how.token_agg == "all" else {}
-
-    def _prefix_sums(self) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
-        """(sum, count) over the prefix's tokens: constants of every prompt in the group."""
-        assert self.prefix is not None
-        mask = torch.ones(1, len(self.prefix), dtype=torch.long, device=self.model.device)
-        return {
-            (name, layer): sum_over_tokens(
-                measure.compute(z, self.factors[layer]), mask, self.how.exclude_first_token
-            )
-            for layer, z in self.prefix.z.items()
-            for name, measure in MEASURES.items()
+        self.model, self.how = model, how
+        self.weights = {
+            layer: Weights(hooks.W_O(model.tl, layer), hooks.b_O(model.tl, layer), factor)
+            for layer, factor in factors.items()
         }
+        # Per measure and layer (sum, count) over the prefix: constants of every prompt.
+        self.before: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self.prefix: hooks.Prefix | None = None
+        if prefix:
+            whole = any(not m.at_last(how.token_agg) for m in how.measures)
+            self.prefix = hooks.run_prefix(
+                model.tl, prefix, reads=how.reads if whole else (),
+                take=self._take_prefix if whole else lambda layer, read: None,
+            )  # fmt: skip
+
+    def _take_prefix(self, layer: int, read: dict[str, Tensor]) -> None:
+        z = read.pop("z")
+        real = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        seen = Seen(z, real, real.cumsum(1) - 1, real, self.weights[layer], read)
+        for measure in self.how.measures:
+            if not measure.at_last(self.how.token_agg):
+                counted = measure.counted(seen, self.how.exclude_first_token)
+                values = self._values(measure, seen)
+                self.before[measure.name, layer] = sum_over_tokens(values, counted)
 
     def __call__(self, batch: Batch) -> Found:
         """Every measure of every head for one batch, and each prompt's predicted option.
@@ -79,45 +129,128 @@ class Measurer:
         """
         model, how = self.model, self.how
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-        tail = Tail(last_real_position(mask), how.token_agg == "all", how.score)
-        seen = hooks.run_z(model.tl, ids, mask, prefix=self.prefix, tail=tail)
-        columns: dict[str, list[Tensor]] = {name: [] for name in MEASURES}
-        missing = tuple(i for i in range(model.info.n_layers) if i not in seen.z)
-        for layer in range(model.info.n_layers):
-            z = seen.z.pop(layer, None)
-            for name in MEASURES:
-                columns[name].append(self._of_layer(name, layer, z, mask))
-        values = {n: torch.stack(c, dim=1).double().cpu().numpy() for n, c in columns.items()}
-        guesses = _predict(model, batch, seen.resid[:, 0]) if how.score else None
+        last = last_real_position(mask)
+        tail = Tail(last, how.everywhere, how.score or how.final_scale)
+        answer = self._answer(batch) if any("answer" in m.reads for m in how.measures) else None
+        columns: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in how.measures}
+
+        def take(layer: int, read: dict[str, Tensor]) -> None:
+            if answer is not None:
+                read["answer"] = answer
+            for name, values in self.of_layer(layer, read, mask, last).items():
+                columns[name][layer] = values
+
+        resid = hooks.run_layers(
+            model.tl, ids, mask, take, reads=how.reads, prefix=self.prefix, tail=tail
+        )
+        layers = range(model.info.n_layers)
+        missing = tuple(i for i in layers if any(i not in c for c in columns.values()))
+        nothing = torch.full((len(mask), model.info.n_heads), torch.nan, device=model.device)
+        nothing = nothing.to(self.weights[0].factor.dtype)
+        scale = hooks.final_scale(model.tl, resid[:, 0]) if how.final_scale else None
+        values = {}
+        for measure in how.measures:
+            found = [columns[measure.name].get(layer, nothing) for layer in layers]
+            column = torch.stack(found, dim=1).double()
+            if measure.final_scale and scale is not None:
+                column = column / scale[:, None, None]
+            values[measure.name] = column.cpu().numpy()
+        guesses = _predict(model, batch, resid[:, 0]) if how.score else None
         return Found(values, np.full(len(batch), -1) if guesses is None else guesses, missing)
 
-    def _of_layer(self, name: str, layer: int, z: Tensor | None, mask: Tensor) -> Tensor:
+    def of_layer(
+        self, layer: int, read: dict[str, Tensor], mask: Tensor, last: Tensor
+    ) -> dict[str, Float[Tensor, "batch head"]]:
+        """Every measure of one layer, from what was read of it at this pass's tokens."""
+        seen = self._seen(layer, read, mask, last)
+        return {m.name: self._of_layer(m, layer, seen, last) for m in self.how.measures}
+
+    def _seen(self, layer: int, read: dict[str, Tensor], mask: Tensor, last: Tensor) -> Seen:
+        """A layer as the measures see it: at all queries, or cut to the last."""
+        before = len(self.prefix) if self.prefix else 0
+        real, place = mask.bool(), mask.cumsum(1) - 1 + before
+        keys = torch.nn.functional.pad(real, (before, 0), value=True)
+        if not self.how.everywhere:
+            read = {k: _at(v, last) if k != "answer" else v for k, v in read.items()}
+            real, place = take_position(real, last), take_position(place, last)
+        elif self.prefix and "v" in read:
+            read["past_v"] = hooks.past_values(self.prefix, layer)
+        return Seen(read.pop("z"), real, place, keys, self.weights[layer], read)
+
+    def _of_layer(self, measure: Measure, layer: int, seen: Seen, last: Tensor) -> Tensor:
         """One measure of one layer, [batch, head]."""
-        if z is None:
-            shape = (len(mask), self.model.info.n_heads)
-            return torch.full(shape, torch.nan, device=self.model.device)
-        per_token = MEASURES[name].compute(z, self.factors[layer])
-        if self.how.token_agg == "last":
-            return per_token[:, 0]
-        # The first token stands in the prefix where there is one.
-        skip = self.how.exclude_first_token and self.prefix is None
-        total, count = sum_over_tokens(per_token, mask, skip)
-        if (name, layer) in self.before:
-            earlier, number = self.before[name, layer]
+        per_token = self._values(measure, seen)
+        at_last = (take_position(per_token, last) if self.how.everywhere else per_token)[:, 0]
+        if measure.at_last(self.how.token_agg):
+            return at_last
+        counted = measure.counted(seen, self.how.exclude_first_token)
+        total, count = sum_over_tokens(per_token, counted)
+        if (measure.name, layer) in self.before:
+            earlier, number = self.before[measure.name, layer]
             total, count = total + earlier, count + number
-        return total / count
+        if measure.tokens == "last_to_all":
+            return ratio(at_last, total / count)
+        return total / count  # NaN where nothing is counted
+
+    def _values(self, measure: Measure, seen: Seen) -> Tensor:
+        """Its values at every query; a fault in a measure of the user's own is one line."""
+        if measure.source is None:
+            return measure.compute(seen)
+        try:
+            values = measure.compute(seen)
+        except InputError:
+            raise
+        except Exception as error:  # code that is not ours may raise anything
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{measure.source}: measure {measure.name} failed ({type(error).__name__}: "
+                f"{first_line(error)})"
+            ) from error
+        if not isinstance(values, Tensor) or values.shape != seen.z.shape[:3]:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"{measure.source}: expected measure {measure.name} to give a tensor [batch, pos, "
+                f"head] of {tuple(seen.z.shape[:3])}, found {shape}"
+            )
+        return values.to(seen.weights.factor.dtype)
+
+    def _answer(self, batch: Batch) -> Float[Tensor, "batch d_model"]:
+        """The direction of every prompt's answer."""
+        if self.how.answers is None or any(len(s.letter_ids) < 2 for s in batch.samples):
+            raise InputError(
+                "measures: expected prompts with an answer's letter for direct_logit, found none; "
+                "use --score_answers true, or leave it out"
+            )
+        device = self.model.device
+        letters, counts = _letters(batch, device)
+        answers = torch.tensor([self.how.answers[s.index] for s in batch.samples], device=device)
+        return hooks.answer_directions(self.model.tl, letters, counts, answers)
+
+
+def _at(x: Tensor, last: Tensor) -> Tensor:
+    """x at the last position; the last block may have computed no other."""
+    return take_position(x, last) if x.shape[1] > 1 else x
+
+
+def _letters(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens of the letters [batch, option], and each prompt's number of options.
+
+    Rows with fewer options repeat their first letter.
+    """
+    width = max(len(sample.letter_ids) for sample in batch.samples)
+    padded = [s.letter_ids + s.letter_ids[:1] * (width - len(s.letter_ids)) for s in batch.samples]
+    counts = torch.tensor([len(s.letter_ids) for s in batch.samples], device=device)
+    return torch.tensor(padded, device=device), counts
 
 
 def _predict(
     model: Model, batch: Batch, resid: Float[Tensor, "batch d_model"]
 ) -> Int[np.ndarray, " batch"]:
     """Position of the option whose letter has the largest next-token logit."""
-    width = max(len(sample.letter_ids) for sample in batch.samples)
-    # Rows with fewer options repeat their first letter, which is then left out by position: the
-    # repeats' logits may differ from the first one's by a rounding, and argmax would take them.
-    padded = [s.letter_ids + s.letter_ids[:1] * (width - len(s.letter_ids)) for s in batch.samples]
-    letter_ids = torch.tensor(padded, device=model.device)
-    counts = torch.tensor([len(s.letter_ids) for s in batch.samples], device=model.device)
-    beyond = torch.arange(width, device=model.device) >= counts[:, None]
+    letter_ids, counts = _letters(batch, model.device)
+    # Repeats are left out by position: their logits may differ from the first one's by a
+    # rounding, and argmax would take them.
+    beyond = torch.arange(letter_ids.shape[1], device=model.device) >= counts[:, None]
     logits = hooks.letter_logits(model.tl, resid, letter_ids).masked_fill(beyond, -torch.inf)
     return logits.argmax(dim=1).cpu().numpy()

@@ -16,9 +16,15 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from tl_headnorm import notebook
 from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.files import write_bytes, write_json, write_with
-from tl_headnorm.measures import MEASURES
+from tl_headnorm.measures import (
+    FOLLOW_TOKEN_AGG,
+    MEASURES,
+    layer_normalised,
+    uniform_first_attention,
+)
 from tl_headnorm.stats import Moments
 
 
@@ -77,8 +83,7 @@ def build(
     """The Dataset of a run: per measure mean, std, n and M2 [layer, head], values per sample."""
     run = xr.Dataset(attrs=dict(record))
     for name, moment in moments.items():
-        measure = MEASURES[name]
-        text = {"units": measure.unit, "formula": measure.formula, "measure": name}
+        text = {**_words(name, record), "measure": name}
         parts = {"mean": moment.mean_or_nan(), "std": moment.std(), "n": moment.n, "M2": moment.M2}
         for part, array in parts.items():
             run[f"{name}_{part}"] = (("layer", "head"), array, {**text, "statistic": part})
@@ -89,7 +94,21 @@ def build(
     counts = run[f"{next(iter(moments))}_n"].sum("head").values
     run.attrs["missing_layers"] = [int(layer) for layer in np.flatnonzero(counts == 0)]
     _label(run)
+    notebook.show_runs()
     return run
+
+
+def _words(name: str, record: Mapping[str, Any]) -> dict[str, str]:
+    """Formula and unit of a measure: the run's own record, for it may be a user's."""
+    known = record.get("measures", {}).get(name)
+    if known is None:
+        known = {"formula": MEASURES[name].formula, "unit": MEASURES[name].unit}
+    return {"units": known["unit"], "formula": known["formula"]}
+
+
+def measures_of(run: xr.Dataset) -> list[str]:
+    """Names of the measures that a run holds."""
+    return [str(v).removesuffix("_M2") for v in run.data_vars if str(v).endswith("_M2")]
 
 
 def _label(run: xr.Dataset) -> None:
@@ -98,11 +117,12 @@ def _label(run: xr.Dataset) -> None:
     where = "last token" if run.attrs["token_agg"] == "last" else "mean over tokens"
     title = (
         f"{Path(model['source']).name} · {dataset['name']} {dataset['split']} · "
-        f"n={run.attrs['num_processed']:,} · {where}"
+        f"n={run.attrs['num_processed']:,}"
     )
-    for name in MEASURES:
-        if f"{name}_mean" in run:
-            run[f"{name}_mean"].attrs.update(title=title, std=run[f"{name}_std"].values)
+    for name in measures_of(run):
+        # The others say in their formula which tokens they are of.
+        at = f" · {where}" if name in FOLLOW_TOKEN_AGG else ""
+        run[f"{name}_mean"].attrs.update(title=title + at, std=run[f"{name}_std"].values)
 
 
 def add_samples(
@@ -122,7 +142,8 @@ def add_samples(
     }
     for name, column in columns.items():
         run.coords[name] = ("sample", column)
-    run.coords["sample"] = ("sample", np.arange(len(letters)))
+    places = getattr(questions, "places", None) or range(len(letters))
+    run.coords["sample"] = ("sample", np.array(places, dtype=np.int64))
     run.attrs["accuracy"] = sum(map(bool, correct)) / len(correct) if scored else None
 
 
@@ -145,7 +166,7 @@ def heads_table(run: xr.Dataset) -> pd.DataFrame:
     """heads.parquet: one row per head, a column per statistic."""
     layer, head = np.meshgrid(run["layer"].values, run["head"].values, indexing="ij")
     table = pd.DataFrame({"layer": layer.ravel(), "head": head.ravel()})
-    for name in MEASURES:
+    for name in measures_of(run):
         for part in ("mean", "std", "n"):
             table[f"{name}_{part}"] = run[f"{name}_{part}"].values.ravel()
     return table
@@ -169,6 +190,7 @@ def new_run_dir(output_dir: str | Path, experiment_name: str) -> Path:
                 raise _not_writable(output_dir, "it is a file") from None
             moment += timedelta(seconds=1)
         except OSError as error:
+            remove_if_empty(path)
             raise _not_writable(output_dir, first_line(error)) from None
 
 
@@ -182,18 +204,19 @@ def _not_writable(output_dir: str | Path, why: str) -> InputError:
 def save_arrays(run: xr.Dataset, path: Path) -> None:
     """Write everything of the run directory but figures and meta.json; each file appears whole."""
     write_json(path / "config.json", run.attrs["settings"])
-    for name in MEASURES:
+    names = measures_of(run)
+    for name in names:
         for part in ("mean", "std"):
             array = run[f"{name}_{part}"].values.astype(np.float64)
             write_with(path / f"{name}_{part}.npy", partial(_save_array, array))
     moments = {
         f"{name}_{part}": run[f"{name}_{part}"].values
-        for name in MEASURES
+        for name in names
         for part in ("n", "mean", "M2")
     }
     write_with(path / "moments.npz", partial(_save_arrays, moments))
-    if all(name in run for name in MEASURES):
-        arrays = {name: run[name].values.astype(np.float32) for name in MEASURES}
+    if all(name in run for name in names):
+        arrays = {name: run[name].values.astype(np.float32) for name in names}
         write_with(path / "per_sample.npz", partial(_save_arrays, arrays))
     heads, samples = heads_table(run), samples_table(run)
     write_with(path / "heads.parquet", lambda f: heads.to_parquet(f, index=False))
@@ -230,11 +253,38 @@ def load_run(path: str | Path) -> xr.Dataset:
     table = _read(folder / "samples.parquet", pd.read_parquet)
     try:
         return _assemble(record, stored, values, table)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # what is missing or of another kind shows itself anywhere
         raise InputError(
             f"run: expected what collect wrote in {folder}, found files that do not fit each "
             f"other ({type(error).__name__}: {first_line(error)}); run collect again"
         ) from error
+
+
+def derive(run: xr.Dataset) -> xr.Dataset:
+    """The run with what follows from its per-sample values, and is therefore never stored.
+
+    `<measure>_over_layer` [sample, layer, head]: each value over the mean size of its layer's
+    heads on that sample; `<measure>_over_layer_mean` [layer, head]: its mean over samples. Beside
+    attention_first, `attention_first_uniform` [sample] is that of a head that attends alike to
+    all it may see. Raises InputError without per-sample values.
+    """
+    found = run.copy()
+    for name in measures_of(run):
+        if name not in run:
+            raise InputError(
+                f"run: expected per-sample values of {name}, found none; collect with "
+                "--per_sample true"
+            )
+        words = run[name].attrs | {"formula": f"{run[name].attrs['formula']} / layer mean"}
+        values = layer_normalised(run[name].values.astype(np.float64))
+        found[f"{name}_over_layer"] = (run[name].dims, values, {**words, "units": "share"})
+        mean = Moments.of(values).mean_or_nan()
+        words = {**words, "units": "share", "statistic": "mean"}
+        found[f"{name}_over_layer_mean"] = (("layer", "head"), mean, words)
+    if "attention_first" in run:
+        shares = [uniform_first_attention(int(n)) for n in run["n_tokens"].values]
+        found.coords["attention_first_uniform"] = ("sample", np.array(shares))
+    return found
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
@@ -249,8 +299,11 @@ def _read(path: Path, read: Callable[[Path], Any]) -> Any:
         ) from error
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}, not an object")
+    return found
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -265,11 +318,19 @@ def _assemble(
     values: Mapping[str, np.ndarray],
     table: pd.DataFrame,
 ) -> xr.Dataset:
+    names = [key.removesuffix("_M2") for key in stored if key.endswith("_M2")]
+    if not names:
+        raise ValueError("no measure in moments.npz")
     moments = {
-        name: Moments(*(stored[f"{name}_{part}"] for part in ("n", "mean", "M2")))
-        for name in MEASURES
+        name: Moments(*(stored[f"{name}_{part}"] for part in ("n", "mean", "M2"))) for name in names
     }
-    run = build({name: values[name] for name in MEASURES if values}, moments, record)
+    run = build({name: values[name] for name in names if values}, moments, record)
+    most = max(int(moment.n.max()) for moment in moments.values())
+    if most > len(table) or len(table) != record["num_processed"]:
+        raise ValueError(
+            f"{len(table)} rows in samples.parquet, {most} samples in moments.npz, "
+            f"{record['num_processed']} in meta.json"
+        )
     run.coords["sample"] = ("sample", table["index"].to_numpy())
     run.coords["sample_id"] = ("sample", table["id"].to_numpy(dtype=object))
     run.coords["n_tokens"] = ("sample", table["n_tokens"].to_numpy(dtype=np.int64))
@@ -289,5 +350,5 @@ def remove_if_empty(path: Path) -> None:
 
 def remove_scratch(path: Path) -> None:
     """Delete the files through which per-sample values went."""
-    for name in MEASURES:
-        (path / f".{name}.npy").unlink(missing_ok=True)
+    for file in path.glob(".*.npy"):
+        file.unlink(missing_ok=True)

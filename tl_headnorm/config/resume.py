@@ -14,7 +14,7 @@ STATE = ".state"
 # too: what they hold may not, which is checked when they are open.
 FREE = (
     "resume", "checkpoint_every", "device_map", "self_check", "validate_samples",
-    "trust_remote_code", "debug", "model_path", "adapter_path", "data_dir",
+    "trust_remote_code", "pickled_weights", "debug", "model_path", "adapter_path", "data_dir",
 )  # fmt: skip
 
 

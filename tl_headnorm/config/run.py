@@ -1,5 +1,6 @@
 """The settings of a run: one dataclass gives the flags, the YAML keys, the types and the help."""
 
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ class Settings:
         data_dir: File or directory with the questions; null looks in the cache or on the hub.
         split: Part of the dataset: test, validation (dev) or train.
         max_samples: The first N usable questions in file order; -1 takes all.
+        shard: Part K/N of those questions, such as 3/16 for job 3 of 16; see merge.
         n_options: Numbers of options a question may have; others are skipped and counted.
         template_name: Registered prompt template.
         template: Jinja2 template, inline or a file; overrides template_name.
@@ -29,6 +31,8 @@ class Settings:
         few_shot: Solved examples put before every question, from the train or dev split.
         token_agg: last takes the last real token, all the mean over real tokens.
         exclude_first_token: Leave the first token (attention sink) out of the mean (all only).
+        measures: What is taken of every head: names, or all; the two norms follow token_agg.
+        measures_file: Python file with a dict MEASURES of your own; its names may be asked for.
         padding_side: Side on which shorter prompts are padded.
         prepend_bos: Begin every prompt with exactly one BOS, if the tokenizer has one.
         batch_size: Prompts per forward pass at most.
@@ -39,10 +43,13 @@ class Settings:
         validate_samples: Check this many samples against Hugging Face and stamp meta.json.
         self_check: Let the model prove itself on a probe when it is loaded.
         on_bad_record: error stops at a malformed record, skip counts it.
+        checkpoint_every: Seconds between saved states of the run; 0 saves after every batch.
+        resume: Run directory left unfinished; its own settings are taken, and it goes on.
         seed: Seed of everything random (few-shot choice).
         output_dir: Where run directories are made.
         experiment_name: First part of the run directory's name.
         trust_remote_code: Allow code from the model's repository to run.
+        pickled_weights: Allow weights stored as pickle (pytorch_model.bin), which can hold code.
         debug: Show the traceback of an error.
     """
 
@@ -55,6 +62,7 @@ class Settings:
     data_dir: Optional[str] = None
     split: str = "test"
     max_samples: int = -1
+    shard: Optional[str] = None
     n_options: tuple[int, ...] = (4, 5)
     template_name: str = "arc_mcq_v1"
     template: Optional[str] = None
@@ -62,6 +70,8 @@ class Settings:
     few_shot: int = 0
     token_agg: Literal["last", "all"] = "last"
     exclude_first_token: bool = False
+    measures: Union[tuple[str, ...], str] = ("head_output_norm", "head_resid_contrib_norm")
+    measures_file: Optional[str] = None
     padding_side: Literal["right", "left"] = "right"
     prepend_bos: bool = True
     batch_size: int = 8
@@ -72,26 +82,36 @@ class Settings:
     validate_samples: int = 0
     self_check: bool = True
     on_bad_record: Literal["error", "skip"] = "error"
+    checkpoint_every: float = 60.0
+    resume: Optional[str] = None
     seed: int = 42
     output_dir: str = "outputs"
     experiment_name: str = "arc_head_activation"
     trust_remote_code: bool = False
+    pickled_weights: bool = False
     debug: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
             ("batch_size", 1), ("max_length", 1), ("few_shot", 0), ("validate_samples", 0),
+            ("seed", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise InputError(
                     f"{name}: expected {least} or more, found {getattr(self, name)}; "
                     f"set --{name} to {least} or more"
                 )
+        if not self.checkpoint_every >= 0:
+            raise InputError(
+                f"checkpoint_every: expected 0 or more seconds, found {self.checkpoint_every}; 0 "
+                "saves after every batch"
+            )
         if self.max_samples == 0 or self.max_samples < -1:
             raise InputError(
                 f"max_samples: expected -1 (all) or a number above 0, found {self.max_samples}; "
                 "set --max_samples to the number of questions wanted"
             )
+        parse_shard(self.shard)
         if self.max_batch_tokens != "auto" and int(self.max_batch_tokens) < 1:
             raise InputError(
                 f"max_batch_tokens: expected auto or a number above 0, found "
@@ -126,6 +146,19 @@ class Settings:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+def parse_shard(shard: str | None) -> tuple[int, int] | None:
+    """(K, N) of "K/N", K counted from 1; None where there is no such part."""
+    if shard is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(
+            f"shard: expected K/N, K from 1 to N, such as 3/16, found {shard!r}; set for example "
+            "--shard 3/16"
+        )
+    return int(match[1]), int(match[2])
+
+
 def check_config(path: str | Path, known: Collection[str]) -> None:
     """Raise InputError unless a YAML file is a mapping with each key known and given once.
 
@@ -136,15 +169,21 @@ def check_config(path: str | Path, known: Collection[str]) -> None:
     try:
         text = Path(path).read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is not None:
+            yaml.safe_load(text)  # says where a tag is that stands for no plain value
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"config: expected a YAML file with settings, found {path} ({first_line(error)}); "
             "check the path"
         ) from None
+    except RecursionError:
+        raise InputError(
+            f"{path}: expected YAML, found a fault (nested too deeply); mend it"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or first_line(error)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", first_line(error))
         raise InputError(f"{where}: expected YAML, found a fault ({problem}); mend it") from None
     if not isinstance(root, yaml.MappingNode):
         kinds = {yaml.SequenceNode: "a list", yaml.ScalarNode: "plain text"}
@@ -200,6 +239,7 @@ class BenchSettings:
     """Settings of the bench. Without model_path: random weights of LLaMA 3.2-1B's shape.
 
     Args:
+        task: norms (collect), attribution (joint IG, 8 steps) or ablation (every single head).
         model_path: Hub id or directory; null makes a random model of LLaMA 3.2-1B's shape.
         layers: Number of layers of the random model; null keeps all 16.
         dtype: Data type of the weights and of the forward pass.
@@ -215,6 +255,7 @@ class BenchSettings:
         debug: Show the traceback of an error.
     """
 
+    task: Literal["norms", "attribution", "ablation"] = "norms"
     model_path: Optional[str] = None
     layers: Optional[int] = None
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"

@@ -1,0 +1,44 @@
+"""What each head is measured by."""
+
+from tl_headnorm.measures.choosing import choose_measures, load_measures
+from tl_headnorm.measures.seen import (
+    Seen,
+    Weights,
+    contribution_factor,
+    last_real_position,
+    output_norm,
+    ratio,
+    resid_contrib_norm,
+    sum_over_tokens,
+    take_position,
+)
+from tl_headnorm.measures.table import (
+    FOLLOW_TOKEN_AGG,
+    MEASURES,
+    NORMS,
+    READS,
+    Measure,
+    layer_normalised,
+    uniform_first_attention,
+)
+
+__all__ = [
+    "FOLLOW_TOKEN_AGG",
+    "MEASURES",
+    "NORMS",
+    "READS",
+    "Measure",
+    "Seen",
+    "Weights",
+    "choose_measures",
+    "contribution_factor",
+    "last_real_position",
+    "layer_normalised",
+    "load_measures",
+    "output_norm",
+    "ratio",
+    "resid_contrib_norm",
+    "sum_over_tokens",
+    "take_position",
+    "uniform_first_attention",
+]

@@ -1,0 +1,174 @@
+"""MEASURES: what each head of a layer is measured by, and how its tokens make one number."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_headnorm.measures.seen import HeadValues, Seen, ratio
+
+# What a measure may read of a layer; `answer` is the direction of the answer's logit.
+READS = ("z", "pattern", "v", "resid_pre", "answer")
+# Which tokens make the number: agg follows the settings token_agg and exclude_first_token.
+TOKENS = ("agg", "last", "all", "first", "after_first", "last_to_all")
+
+
+def attention_first(seen: Seen) -> HeadValues:
+    """pattern[q, 0], the weight of the prompt's first token; a sink's is about 1.
+
+    A head that attends alike to all it may see has 1/(q + 1) (`uniform_first_attention`). It does
+    not say that anything is moved: see the first token's value.
+    """
+    first = seen.real_keys.int().argmax(1)
+    rows = torch.arange(len(first), device=first.device)
+    return seen.pattern[rows, :, :, first].transpose(1, 2).to(seen.weights.factor.dtype)
+
+
+def attention_entropy(seen: Seen) -> HeadValues:
+    """-sum_j a_qj ln a_qj in nats, 0 ln 0 = 0: from 0 (one key) to ln(q + 1) (all alike)."""
+    wide = seen.pattern.to(seen.weights.factor.dtype)
+    return torch.special.entr(wide).sum(-1).transpose(1, 2)
+
+
+def value_norm(seen: Seen) -> HeadValues:
+    """||v||_2 of the head's value, which a group of heads shares."""
+    sizes = torch.linalg.vector_norm(seen.v, dim=-1, dtype=seen.weights.factor.dtype)
+    return sizes.repeat_interleave(seen.z.shape[2] // sizes.shape[2], dim=2)
+
+
+def value_contribution(seen: Seen) -> HeadValues:
+    """sum_j a_qj ||v_j W_O^h||, at least ||z_q W_O^h||: what is moved before it may cancel.
+
+    Source: Kobayashi et al., "Attention is Not Only a Weight", 2020. Their vectors a_qj v_j W_O
+    are never formed.
+    """
+    wide = seen.pattern.to(seen.weights.factor.dtype)
+    return einsum(wide, seen.value_contributions, "b head q key, b key head -> b q head")
+
+
+def contribution_to_resid(seen: Seen) -> HeadValues:
+    """||z_h W_O^h|| / ||resid_pre||: how much of what it is added to."""
+    size = torch.linalg.vector_norm(seen.resid_pre, dim=-1, dtype=seen.weights.factor.dtype)
+    return ratio(seen.contributions, size.unsqueeze(-1).expand_as(seen.contributions))
+
+
+def direct_logit(seen: Seen) -> HeadValues:
+    """z_h W_O^h times the answer's direction: the head's own share of the answer's logit.
+
+    To be divided by the final norm's scale. What later layers make of the head is not in it.
+    """
+    wide = seen.weights.factor.dtype
+    through = (seen.answer.to(wide) @ seen.weights.flat.to(wide)).unflatten(1, seen.z.shape[2:])
+    return (seen.z.to(wide) * through.unsqueeze(1)).sum(-1)
+
+
+def layer_normalised(
+    values: Float[np.ndarray, "*any layer head"],
+) -> Float[np.ndarray, "*any layer head"]:
+    """Each value over its layer's mean size on that sample; 0 where all are 0.
+
+    Layers differ in scale by orders of magnitude: undivided, a small score says little more than
+    which layer a head is in. For measures with both signs the size is |value|.
+    """
+    mean = np.abs(values).mean(axis=-1, keepdims=True)
+    return np.divide(values, mean, out=np.zeros_like(values), where=mean != 0)
+
+
+def uniform_first_attention(n_tokens: int) -> float:
+    """attention_first of a head that attends alike to all it may see: mean of 1/(q+1), q >= 1."""
+    shares = [1 / (q + 1) for q in range(1, n_tokens)]
+    return sum(shares) / len(shares) if shares else float("nan")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number per head and sample.
+
+    `compute` gives it for every query of a layer, [batch, pos, head]; `tokens` says which queries
+    make the sample's number (TOKENS; all but `last` and `first` are means, `last_to_all` the last
+    one over the mean); `reads` what is needed of the layer (READS). `final_scale`: divided by the
+    final norm's scale at the last token. `least_tokens`: NaN for shorter prompts.
+    """
+
+    name: str
+    formula: str
+    unit: str
+    compute: Callable[[Seen], Tensor]
+    tokens: str = "agg"
+    reads: tuple[str, ...] = ("z",)
+    final_scale: bool = False
+    least_tokens: int = 1
+    source: str | None = None
+
+    def counted(self, seen: Seen, exclude_first: bool) -> Bool[Tensor, "batch pos"]:
+        """The queries that enter the mean."""
+        if self.tokens == "first":
+            return seen.real & (seen.place == 0)
+        if self.tokens == "after_first" or (self.tokens == "agg" and exclude_first):
+            return seen.real & (seen.place > 0)
+        return seen.real
+
+    def at_last(self, token_agg: str) -> bool:
+        """Whether the last token alone is looked at."""
+        return self.tokens == "last" or (self.tokens == "agg" and token_agg == "last")
+
+
+_L2, _RESID, _SHARE = "activation units (L2)", "residual units (L2)", "share"
+_PATTERN = ("z", "pattern")
+
+MEASURES: dict[str, Measure] = {
+    m.name: m
+    for m in (
+        Measure("head_output_norm", "‖z_h‖", _L2, lambda s: s.output_norms),
+        Measure("head_resid_contrib_norm", "‖z_h W_O‖", _RESID, lambda s: s.contributions),
+        Measure("output_norm_last", "‖z_h‖ at last", _L2, lambda s: s.output_norms, "last"),
+        Measure("output_norm_all", "mean ‖z_h‖", _L2, lambda s: s.output_norms, "all"),
+        Measure(
+            "output_norm_last_to_all", "‖z_h‖ at last / mean", _SHARE,
+            lambda s: s.output_norms, "last_to_all",
+        ),
+        Measure(
+            "contrib_norm_last", "‖z_h W_O‖ at last", _RESID, lambda s: s.contributions, "last"
+        ),
+        Measure("contrib_norm_all", "mean ‖z_h W_O‖", _RESID, lambda s: s.contributions, "all"),
+        Measure(
+            "contrib_norm_last_to_all", "‖z_h W_O‖ at last / mean", _SHARE,
+            lambda s: s.contributions, "last_to_all",
+        ),
+        Measure(
+            "attention_first", "mean a_q0", _SHARE, attention_first, "after_first", _PATTERN,
+            least_tokens=2,
+        ),
+        Measure(
+            "attention_entropy", "mean entropy of a_q", "nats", attention_entropy, "all", _PATTERN
+        ),
+        Measure("value_norm_first", "‖v_0‖", _L2, value_norm, "first", ("z", "v")),
+        Measure("value_norm_all", "mean ‖v_j‖", _L2, value_norm, "all", ("z", "v")),
+        Measure(
+            "value_contribution", "mean Σ_j a_qj ‖v_j W_O‖", _RESID, value_contribution, "all",
+            ("z", "pattern", "v"),
+        ),
+        Measure(
+            "contrib_to_resid_last", "‖z_h W_O‖ / ‖x‖ at last", _SHARE, contribution_to_resid,
+            "last", ("z", "resid_pre"),
+        ),
+        Measure(
+            "contrib_to_resid_all", "mean ‖z_h W_O‖ / ‖x‖", _SHARE, contribution_to_resid,
+            "all", ("z", "resid_pre"),
+        ),
+        Measure("cosine_last", "cos(z_h W_O, attn_out) at last", "cosine", lambda s: s.cosines,
+                "last"),
+        Measure("cosine_all", "mean cos(z_h W_O, attn_out)", "cosine", lambda s: s.cosines, "all"),
+        Measure(
+            "direct_logit", "z_h W_O · (answer − other letters)", "logits", direct_logit, "last",
+            ("z", "answer"), final_scale=True,
+        ),
+    )
+}  # fmt: skip
+FOLLOW_TOKEN_AGG = tuple(name for name, measure in MEASURES.items() if measure.tokens == "agg")
+# What a run holds where nothing is said.
+NORMS = (MEASURES["head_output_norm"], MEASURES["head_resid_contrib_norm"])
