@@ -70,9 +70,8 @@ def texts_of(run: xr.Dataset) -> Texts:
 def _reread(name: str, settings: dict[str, Any], record: dict[str, Any]) -> Questions:
     """All questions the settings allow, from where the run read them."""
     options = settings.get("n_options")
-    merged = isinstance(options, list) and any(not isinstance(n, int) for n in options)
-    if merged:  # of runs that differed in it: a list of lists
-        options = sorted({n for part in options for n in part})
+    if isinstance(options, list) and not all(isinstance(n, int) for n in options):
+        options = sorted({n for part in options for n in part})  # merged runs that differed in it
     given = {} if options is None else {"n_options": options}
     return load_questions(
         name, settings.get("data_dir"), str(record.get("split") or "test"), on_bad_record="skip",
