@@ -48,5 +48,20 @@ def test_the_notebook_lines_run(monkeypatch):
     assert len(shown) == 1
 
 
+def test_the_measure_of_the_readers_own_runs(tmp_path):
+    from tl_headnorm import collect, load_model, load_questions
+
+    code = next(body for kind, body in BLOCKS if kind == "python" and "MEASURES = " in body)
+    (tmp_path / "mine.py").write_text(code)
+    model = load_model("builtin:tiny", dtype="fp32")
+    questions = load_questions("builtin:questions", max_samples=3)
+    run = collect(
+        model, questions, measures="largest", measures_file=str(tmp_path / "mine.py"), progress=False
+    )
+    assert run["largest"].shape == (3, 4, 8)
+    assert (run["largest"].values > 0).all()
+
+
 def test_no_placeholder_is_left():
     assert "<!--" not in TEXT
+    assert "@@" not in TEXT
