@@ -113,8 +113,10 @@ def test_studies_of_made_up_prompts():
 
 
 @pytest.mark.slow
-def test_joint_integral_is_twice_as_fast_as_a_loop_over_steps():
-    """CPU time of this process, so that what else the machine does counts little."""
+def test_joint_integral_is_faster_than_a_loop_over_steps():
+    """CPU time of this process, so that what else the machine does counts little.
+
+    `bench --task attribution` measures the ratio; this keeps it from falling unseen."""
     import time
 
     import torch
@@ -123,7 +125,7 @@ def test_joint_integral_is_twice_as_fast_as_a_loop_over_steps():
     from tl_headnorm.contenders import open_bench
 
     settings = BenchSettings(
-        task="attribution", model_path="builtin:tiny", dtype="fp32", samples=64,
+        task="attribution", model_path="builtin:tiny", dtype="fp32", samples=32,
         dataset="builtin:questions",
     )  # fmt: skip
     opened = open_bench(settings)
@@ -137,7 +139,7 @@ def test_joint_integral_is_twice_as_fast_as_a_loop_over_steps():
             run(opened.samples)
             seconds[name] = min(seconds[name], time.process_time() - start)
     torch.set_num_threads(threads)
-    print(f"\n8 steps, 64 samples: {seconds}, {seconds['tl_loop'] / seconds['ours']:.2f}")
+    print(f"\n8 steps, 32 samples: {seconds}, {seconds['tl_loop'] / seconds['ours']:.2f}")
     assert seconds["tl_loop"] > 1.6 * seconds["ours"]
 
 

@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from handmade import as_model, hooked, llama
 
-from tl_headnorm import collect, heatmap, hooks, load_model, load_questions, memory
+from tl_headnorm import collect, heatmap, hooks, load_model, load_questions, memory, points
 from tl_headnorm.collecting import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
@@ -133,6 +133,22 @@ def test_batch_tokens_follow_free_memory(monkeypatch):
         found.append(memory.auto_batch_tokens(model))
     assert found[1] == pytest.approx(2 * found[0], rel=1e-3)
     assert found[2] == 512
+
+
+@pytest.mark.parametrize("token_agg", ["last", "all"])
+def test_the_norms_come_from_run_with_cache_filtered_to_z(monkeypatch, tiny, questions, token_agg):
+    """Every pass, the shared prefix's too; nothing else is hooked."""
+    original, kept = tiny.tl.run_with_cache, []
+
+    def spy(ids, *, names_filter, **kwargs):
+        assert all(not point.fwd_hooks for point in tiny.tl.hook_dict.values())
+        kept.append({name for name in tiny.tl.hook_dict if names_filter(name)})
+        return original(ids, names_filter=names_filter, **kwargs)
+
+    monkeypatch.setattr(tiny.tl, "run_with_cache", spy)
+    collect(tiny, questions, progress=False, token_agg=token_agg)
+    assert len(kept) > 1
+    assert all(names == {points.z(layer) for layer in range(4)} for names in kept)
 
 
 def test_a_layer_that_does_not_fire_is_nan_with_count_zero(monkeypatch, tiny, questions):

@@ -56,8 +56,9 @@ def test_the_measure_of_the_readers_own_runs(tmp_path):
     model = load_model("builtin:tiny", dtype="fp32")
     questions = load_questions("builtin:questions", max_samples=3)
     run = collect(
-        model, questions, measures="largest", measures_file=str(tmp_path / "mine.py"), progress=False
-    )
+        model, questions, measures="largest", measures_file=str(tmp_path / "mine.py"),
+        progress=False,
+    )  # fmt: skip
     assert run["largest"].shape == (3, 4, 8)
     assert (run["largest"].values > 0).all()
 

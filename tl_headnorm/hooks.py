@@ -84,9 +84,14 @@ def run_prefix(
     _check_length(tl, len(ids))
     cache = TransformerLensKeyValueCache.init_cache(tl.cfg, tl.cfg.device, 1)
     z: ZByLayer = {}
-    keep = take or (lambda layer, read: z.__setitem__(layer, read["z"]))
-    with tl.hooks(fwd_hooks=_readers(tl, reads, keep)):
-        to_last_block(tl, tokens, torch.ones_like(tokens), past=cache)
+    if set(reads) == {"z"}:
+        z, _, _ = _cached(tl, tokens, torch.ones_like(tokens), cache)
+        while take and z:
+            take(layer := next(iter(z)), {"z": z.pop(layer)})
+    else:
+        keep = take or (lambda layer, read: z.__setitem__(layer, read["z"]))
+        with tl.hooks(fwd_hooks=_readers(tl, reads, keep)):
+            to_last_block(tl, tokens, torch.ones_like(tokens), past=cache)
     cache.freeze()
     return Prefix(tuple(ids), cache, z)
 
@@ -122,25 +127,28 @@ def run_layers(
     reads: Sequence[str] = ("z",),
     prefix: Prefix | None = None,
     tail: Tail | None = None,
+    edits: bool = False,
 ) -> Float[Tensor, "batch resid_pos d_model"]:
-    """Hand every layer's activations to `take(layer, {name: activation})` as the pass goes.
+    """Hand every layer's activations to `take(layer, {name: activation})`.
 
-    `reads` are names of hook points in points.py, z among them; only they are hooked, and only
-    one layer's are held at a time. Their first axis is the batch; what the prefix gave is not in
-    them, but for a pattern's keys. With a `tail`, positions are cut by the last block alone.
-    Returns the residual stream after the last block. A tensor that `take` gives back takes the
-    place of z. A bridge hands over z only, and when all is done.
+    `reads` are names of hook points in points.py, z among them. z alone comes from
+    `run_with_cache` filtered to `hook_z`. Where more is read, or z is edited, `take` is called as
+    the pass goes: only what is read is hooked, and only one layer's is held at a time. Their
+    first axis is the batch; what the prefix gave is not in them, but for a pattern's keys. With a
+    `tail`, positions are cut by the last block alone, or by `run_z` where z alone is read.
+    Returns the residual stream after the last block. With `edits`, a tensor that `take` gives
+    back takes the place of z. A bridge hands over z only, when all is done.
     """
     _check_length(tl, ids.shape[1] + (len(prefix) if prefix else 0))
-    if is_bridge(tl):
-        if set(reads) - {"z"}:
-            raise InputError(
-                f"measures: expected what reads z alone on a bridge, found "
-                f"{', '.join(sorted(set(reads) - {'z'}))} to be read; use --engine hooked"
-            )
-        seen = _run_bridge(tl, ids, mask, prefix, tail, ())
-        for layer, z in seen.z.items():
-            take(layer, {"z": z})
+    if is_bridge(tl) and set(reads) - {"z"}:
+        raise InputError(
+            f"measures: expected what reads z alone on a bridge, found "
+            f"{', '.join(sorted(set(reads) - {'z'}))} to be read; use --engine hooked"
+        )
+    if is_bridge(tl) or (set(reads) == {"z"} and not edits):
+        seen = run_z(tl, ids, mask, prefix=prefix, tail=tail)
+        while seen.z:
+            take(layer := next(iter(seen.z)), {"z": seen.z.pop(layer)})
         return seen.resid
     past = _for_batch(tl, prefix, len(ids)) if prefix else None
     with (
@@ -220,25 +228,32 @@ def run_z(
     _check_length(tl, ids.shape[1] + (len(prefix) if prefix else 0))
     if is_bridge(tl):
         return _run_bridge(tl, ids, mask, prefix, tail, extra)
-    n_layers = tl.cfg.n_layers
-    names = {points.z(layer): layer for layer in range(n_layers)}
-    wanted = {*names, *extra}
     past = _for_batch(tl, prefix, len(ids)) if prefix else None
     with stopping_at(tl, tail) if tail else nullcontext(False) as shortened:
-        resid, cache = tl.run_with_cache(
-            ids,
-            attention_mask=mask,
-            past_kv_cache=past,
-            names_filter=lambda name: name in wanted,
-            stop_at_layer=n_layers,
-            return_cache_object=False,
-        )
-    z = {layer: cache[name] for name, layer in names.items() if name in cache}
+        z, resid, found = _cached(tl, ids, mask, past, extra)
     if tail and not tail.z_everywhere:
         z = {k: take_position(v, tail.last) if v.shape[1] > 1 else v for k, v in z.items()}
     if tail and not shortened:
         resid = take_position(resid, tail.last)
-    return Pass(z, resid, {name: cache[name] for name in extra if name in cache})
+    return Pass(z, resid, found)
+
+
+def _cached(
+    tl: Any, ids: Tensor, mask: Tensor, past: Any, extra: Sequence[str] = ()
+) -> tuple[ZByLayer, Tensor, dict[str, Tensor]]:
+    """`run_with_cache` filtered to hook_z and `extra`, up to the last block."""
+    names = {points.z(layer): layer for layer in range(tl.cfg.n_layers)}
+    wanted = {*names, *extra}
+    resid, cache = tl.run_with_cache(
+        ids,
+        attention_mask=mask,
+        past_kv_cache=past,
+        names_filter=lambda name: name in wanted,
+        stop_at_layer=tl.cfg.n_layers,
+        return_cache_object=False,
+    )
+    z = {layer: cache[name] for name, layer in names.items() if name in cache}
+    return z, resid, {name: cache[name] for name in extra if name in cache}
 
 
 def _check_length(tl: Any, length: int) -> None:

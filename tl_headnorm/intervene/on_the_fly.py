@@ -72,7 +72,9 @@ def run_rule(
         return torch.where(off[:, layer][:, None, :, None], new.to(z.dtype), z)
 
     tail = Tail(last, measurer.how.everywhere, True)
-    resid = hooks.run_layers(model.tl, ids, mask, take, reads=measurer.how.reads, tail=tail)
+    resid = hooks.run_layers(
+        model.tl, ids, mask, take, reads=measurer.how.reads, tail=tail, edits=True
+    )
     size = (n, len(batch))
     return resid.unflatten(0, size), off.unflatten(0, size)
 
