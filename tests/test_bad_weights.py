@@ -222,6 +222,13 @@ def no_heads(folder, model):
     return {"model_path": path}
 
 
+@case("model_path: expected a model that takes prompts of 2 tokens or more, found 0 in config")
+def no_positions(folder, model):
+    path = copy_of(model, folder)
+    edit_config(path, max_position_embeddings=0)
+    return {"model_path": path}
+
+
 @case("model_path: expected no tensors but the architecture's in ", "found 9 more (model.layers.2.")
 def fewer_layers_than_weights(folder, model):
     path = copy_of(model, folder)

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from tl_headnorm import bench
-from tl_headnorm.contenders import CONTENDERS
+from tl_headnorm.bench import side_by_side as bench
+from tl_headnorm.bench.contenders import CONTENDERS
+from tl_headnorm.bench.studies import STUDIES
 from tl_headnorm.data.plan import plan_batches, prefix_groups
 from tl_headnorm.errors import InputError
-from tl_headnorm.study_contenders import STUDIES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformer_lens")
 
@@ -94,7 +94,8 @@ def test_studies_of_made_up_prompts():
     """A random LLaMA and random tokens: letters and answers are made up, the same for all."""
     from handmade import llama
 
-    from tl_headnorm import contenders, load_model
+    from tl_headnorm import load_model
+    from tl_headnorm.bench import contenders
     from tl_headnorm.config.run import BenchSettings
     from tl_headnorm.data.tokens import Encoded
 
@@ -121,8 +122,8 @@ def test_joint_integral_is_faster_than_a_loop_over_steps():
 
     import torch
 
+    from tl_headnorm.bench.contenders import open_bench
     from tl_headnorm.config.run import BenchSettings
-    from tl_headnorm.contenders import open_bench
 
     settings = BenchSettings(
         task="attribution", model_path="builtin:tiny", dtype="fp32", samples=32,
@@ -158,7 +159,7 @@ def test_resident_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     from tl_headnorm import load_model
     from tl_headnorm.collecting import measure_samples
     from tl_headnorm.data.tokens import Encoded
-    from tl_headnorm.store import RowFile
+    from tl_headnorm.runs.store import RowFile
 
     model = load_model(hf_model=llama(num_hidden_layers=8, num_attention_heads=42, head_dim=4))
     shape = (model.info.n_layers, model.info.n_heads)

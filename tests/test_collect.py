@@ -12,7 +12,7 @@ from tl_headnorm import collect, heatmap, hooks, load_model, load_questions, mem
 from tl_headnorm.collecting import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
-from tl_headnorm.store import RowFile
+from tl_headnorm.runs.store import RowFile
 
 NAMES = ("head_output_norm", "head_resid_contrib_norm")
 
@@ -198,7 +198,7 @@ def test_weights_add_next_to_nothing_to_resident_memory():
     import ctypes
     import gc
 
-    from tl_headnorm.bench import resident_bytes
+    from tl_headnorm.bench.side_by_side import resident_bytes
     from tl_headnorm.shapes import random_llama
 
     load_model(hf_model=llama())  # the library's own import is not the weights

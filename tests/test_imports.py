@@ -15,12 +15,12 @@ LEVELS = (
     {"__main__", "__init__"},
     {"cli"},
     {"jobs", "demo"},
-    {"studies", "figures", "bench", "contenders", "study_contenders", "agreement"},
-    {"intervene", "collecting", "measuring", "fingerprints", "merging"},
+    {"studies", "figures", "bench", "agreement"},
+    {"intervene", "collecting", "measuring", "runs"},
     {"model", "pretrained", "families", "bridge", "adapters", "selfcheck", "hooks", "hf"}
-    | {"data", "results", "memory", "fast", "store", "checkpoints"},
+    | {"data", "results", "memory", "fast"},
     {"measures", "points", "stats", "commands", "config", "files", "errors", "shapes", "tiny"}
-    | {"notebook", "sharding", "stopping"},
+    | {"notebook"},
 )
 LEVEL = {name: height for height, level in enumerate(reversed(LEVELS)) for name in level}
 # The oracle must not share the code under test. (Directly: it hands the run to `collecting`.)
@@ -101,7 +101,7 @@ def test_imports_point_down(name, path):
         ("measures", "from tl_headnorm import hooks", ("measures", "hooks")),
         ("measures", "import tl_headnorm.hooks as h", ("measures", "hooks")),
         ("data.tokens", "def f():\n    from tl_headnorm import cli", ("data", "cli")),
-        ("data.tokens", "from ..collecting import collect", ("data", "collecting")),
+        ("data.tokens", "from ..collecting import measure_samples", ("data", "collecting")),
         ("model", "from .cli import main", ("model", "cli")),
         ("hf", "def f():\n    from tl_headnorm.hooks import W_O", ("hf", "hooks")),
         ("hf", "from tl_headnorm.measures import MEASURES", ("hf", "measures")),
@@ -143,7 +143,7 @@ def test_the_checker_can_fail(name, source, fault):
         ("collecting", "from tl_headnorm import hooks, results\nimport torch"),
         ("data.prepare", "from tl_headnorm.data.tokens import encode"),
         ("data.prepare", "from .tokens import encode"),
-        ("studies.ablation", "from tl_headnorm.collecting import collect"),
+        ("studies.ablation", "from tl_headnorm.collecting import measure_samples"),
         ("studies.attribution.study", "from tl_headnorm.studies.attribution.engine import Engine"),
         (
             "config",

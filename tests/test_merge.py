@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tl_headnorm import load_run, results
 from tl_headnorm.errors import InputError
 from tl_headnorm.files import plain
-from tl_headnorm.merging import alike, merge_runs
+from tl_headnorm.runs.merging import alike, merge_runs
 from tl_headnorm.stats import Moments
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)

@@ -17,12 +17,13 @@ from handmade import llama
 from processes import Command, assert_same_run, wait_for
 
 import tl_headnorm.jobs.run
-from tl_headnorm import checkpoints, collect, fingerprints, load_model, load_questions, measuring
+from tl_headnorm import collect, load_model, load_questions, measuring
 from tl_headnorm.cli import parse
 from tl_headnorm.config import resume
 from tl_headnorm.config.run import Settings
 from tl_headnorm.errors import InputError
-from tl_headnorm.store import RowFile
+from tl_headnorm.runs import checkpoints, fingerprints
+from tl_headnorm.runs.store import RowFile
 
 BUILT_IN = ("collect", "--model_path", "builtin:tiny", "--dataset", "builtin:questions",
             "--dtype", "fp32", "--device_map", "cpu", "--batch_size", 1,
@@ -589,7 +590,7 @@ def test_the_library_keeps_state_too(tmp_path, monkeypatch):
 
 
 def test_handlers_are_put_back():
-    from tl_headnorm.stopping import on_signals
+    from tl_headnorm.runs.stopping import on_signals
 
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with on_signals():
@@ -598,7 +599,7 @@ def test_handlers_are_put_back():
 
 
 def test_the_echo_of_a_launcher_is_no_second_signal(monkeypatch):
-    from tl_headnorm import stopping
+    from tl_headnorm.runs import stopping
 
     killed = []
     monkeypatch.setattr(stopping.os, "kill", lambda *args: killed.append(args))

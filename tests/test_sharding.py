@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from processes import Command, assert_same_run, free_port, ranks, wait_for
 from test_resume import BUILT_IN, STATE, batches_done, only_run
 
-from tl_headnorm import checkpoints, commands, sharding
-from tl_headnorm.checkpoints import Keeper, Layout
+from tl_headnorm import commands
 from tl_headnorm.data.plan import Group, Planned
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
-from tl_headnorm.sharding import Ranks, device_for
+from tl_headnorm.runs import checkpoints, sharding
+from tl_headnorm.runs.checkpoints import Keeper, Layout
+from tl_headnorm.runs.sharding import Ranks, device_for
 from tl_headnorm.stats import Moments
 
 # 31 batches in two groups: no number of processes below divides them.

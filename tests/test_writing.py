@@ -16,7 +16,7 @@ from tl_headnorm import files, load_run
 from tl_headnorm.errors import InputError
 from tl_headnorm.files import write_bytes, write_with
 from tl_headnorm.results import new_run_dir
-from tl_headnorm.store import RowFile
+from tl_headnorm.runs.store import RowFile
 
 STUDY = ["--max_samples", 4]
 COMMANDS = {

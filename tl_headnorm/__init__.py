@@ -7,7 +7,6 @@ transformer_lens.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_headnorm.collecting import collect
     from tl_headnorm.config.run import Settings
     from tl_headnorm.data.questions import Question, load_questions, register_dataset
     from tl_headnorm.data.templates import register_template
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from tl_headnorm.figures.heatmaps import heatmap
     from tl_headnorm.model import load_model
     from tl_headnorm.results import load_run
+    from tl_headnorm.runs.whole import collect
     from tl_headnorm.studies.compare import compare
 
 _HOME = {
@@ -23,7 +23,7 @@ _HOME = {
     "Question": "data.questions",
     "Settings": "config.run",
     "build_sft_example": "data.tokens",
-    "collect": "collecting",
+    "collect": "runs.whole",
     "compare": "studies.compare",
     "heatmap": "figures.heatmaps",
     "load_model": "model",

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if processes() == 1:  # before anything of torch is loaded
             return _main(arguments, lambda work: work())[0]
-        from tl_headnorm import sharding
+        from tl_headnorm.runs import sharding
 
         together = sharding.ranks().together
     except InputError as error:  # a launcher's environment that leads nowhere

@@ -65,9 +65,15 @@ def context_length(hf_config: Any) -> int:
     """
     window = getattr(hf_config, "sliding_window", None)
     types = getattr(hf_config, "layer_types", None)
-    if window is None or (types is not None and "sliding_attention" not in types):
-        return int(hf_config.max_position_embeddings)
-    return min(int(window), int(hf_config.max_position_embeddings))
+    longest = int(hf_config.max_position_embeddings)
+    if window is not None and (types is None or "sliding_attention" in types):
+        longest = min(int(window), longest)
+    if longest < 2:
+        raise InputError(
+            f"model_path: expected a model that takes prompts of 2 tokens or more, found {longest} "
+            "in config.json (max_position_embeddings, sliding_window); mend it"
+        )
+    return longest
 
 
 def _common(hf_config: Any) -> dict[str, Any]:

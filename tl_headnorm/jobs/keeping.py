@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tl_headnorm import results
-from tl_headnorm.checkpoints import Keeper, locked
 from tl_headnorm.config.resume import STATE, is_finished
 from tl_headnorm.config.run import Settings
 from tl_headnorm.files import write_json
 from tl_headnorm.jobs.opening import say
-from tl_headnorm.sharding import Ranks, device_for, ranks
-from tl_headnorm.stopping import Stopped, on_signals
+from tl_headnorm.runs.checkpoints import Keeper, locked
+from tl_headnorm.runs.sharding import Ranks, device_for, ranks
+from tl_headnorm.runs.stopping import Stopped, on_signals
 
 SAID = "said"
 VERBS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped"}

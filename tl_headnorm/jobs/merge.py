@@ -7,7 +7,7 @@ from tl_headnorm.config.merge import MergeSettings
 from tl_headnorm.figures.heatmaps import save_heatmap
 from tl_headnorm.jobs.opening import run_dir, say
 from tl_headnorm.jobs.report import report_of_new_run
-from tl_headnorm.merging import merge_runs
+from tl_headnorm.runs.merging import merge_runs
 
 
 def run_merge(settings: MergeSettings) -> Path:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from tl_headnorm import results
-from tl_headnorm.collecting import collect, collect_share
 from tl_headnorm.config.run import BenchSettings, EvaluateSettings, Settings
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import Questions
@@ -17,6 +16,7 @@ from tl_headnorm.jobs.opening import open_both, run_dir, say
 from tl_headnorm.jobs.report import report_of_new_run
 from tl_headnorm.measures import choose_measures
 from tl_headnorm.model import Model
+from tl_headnorm.runs.whole import collect, collect_share
 
 
 def run_collect(settings: Settings) -> Path | None:
@@ -101,12 +101,12 @@ def run_evaluate(settings: EvaluateSettings) -> Path:
 
 def run_bench(settings: BenchSettings) -> Path:
     """Run the bench, write bench.json and the bar chart; its directory."""
-    from tl_headnorm import bench
+    from tl_headnorm.bench import side_by_side
 
     with run_dir(settings.output_dir, "bench") as path:
         write_json(path / "config.json", settings.as_dict())
-        report = bench.run_bench(settings)
+        report = side_by_side.run_bench(settings)
         write_json(path / "bench.json", report)
         save_bars(report, path / "bench")
-    say(bench.table(report))
+    say(side_by_side.table(report))
     return path

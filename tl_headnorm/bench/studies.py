@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_headnorm import points
+from tl_headnorm.bench.contenders import Bench, Contender, Run, copied_model
 from tl_headnorm.config.attribute import AttributeSettings
-from tl_headnorm.contenders import Bench, Contender, Run, copied_model
 from tl_headnorm.data.batches import Batch, batches_in_order
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.intervene.headsets import all_heads

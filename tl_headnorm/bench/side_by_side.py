@@ -17,12 +17,12 @@ import torch
 from tqdm.auto import tqdm
 
 from tl_headnorm import results
+from tl_headnorm.bench.contenders import CONTENDERS, Bench, Contender, Values, open_bench
+from tl_headnorm.bench.studies import STUDIES, STUDY_TOLERANCE
 from tl_headnorm.config.run import BenchSettings
-from tl_headnorm.contenders import CONTENDERS, Bench, Contender, Values, open_bench
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError, unknown
 from tl_headnorm.hf import TOLERANCE, compare
-from tl_headnorm.study_contenders import STUDIES, STUDY_TOLERANCE
 
 WORKLOAD = Path(__file__).parent / "workloads" / "arc_challenge_llama3.json"
 

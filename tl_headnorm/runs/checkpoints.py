@@ -23,10 +23,10 @@ import numpy as np
 from tl_headnorm.data.plan import Planned
 from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.files import write_json, write_with
-from tl_headnorm.sharding import PATIENCE, Ranks
+from tl_headnorm.runs.sharding import PATIENCE, Ranks
+from tl_headnorm.runs.stopping import Stop
+from tl_headnorm.runs.store import RowFile
 from tl_headnorm.stats import Moments
-from tl_headnorm.stopping import Stop
-from tl_headnorm.store import RowFile
 
 RECORD, LOCK = "run.json", "lock"
 # Digest and where it was found, by what it is of.

@@ -1,0 +1,1 @@
+"""The same prompts, or the same study, through several programs in turn."""
