@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from tl_headnorm.errors import InputError
 from tl_headnorm.measuring import Factors, Found, How, Measurer, factors_of, most_tokens
 from tl_headnorm.memory import halves, is_out_of_memory
 from tl_headnorm.model import Model
-from tl_headnorm.runs.checkpoints import Share
 from tl_headnorm.stats import Moments
 
 
@@ -33,6 +32,20 @@ class Collected:
     values: Mapping[str, Any]
     moments: dict[str, Moments]
     predicted: Int[np.ndarray, " sample"]
+
+
+@runtime_checkable
+class Receives(Protocol):
+    """What measured values go into: `Collected`, or a share of a run whose state is kept."""
+
+    @property
+    def values(self) -> Mapping[str, Any]: ...
+
+    @property
+    def moments(self) -> dict[str, Moments]: ...
+
+    @property
+    def predicted(self) -> Int[np.ndarray, " sample"]: ...
 
 
 def measure_samples(
@@ -80,7 +93,7 @@ def measure_planned(
     model: Model,
     plan: Sequence[Planned],
     samples: Sequence[Encoded],
-    out: Collected | Share,
+    out: Receives,
     how: How,
     *,
     names: Sequence[str],
