@@ -345,3 +345,24 @@ def test_every_method_is_documented_with_its_cost():
 
     for name in METHODS:
         assert name in methods.__doc__
+
+
+def test_norms_of_a_run_are_ranked_beside_the_methods(run_cli, tiny_flags, finished, tmp_path):
+    from scipy.stats import spearmanr
+
+    flags = [*tiny_flags, "--max_samples", 8, "--output_dir", tmp_path]
+    collected = run_cli("collect", *flags).run_dir
+    found = run_cli("attribute", *flags, "--methods", "[michel]", "--norms", collected).run_dir
+    table = pd.read_parquet(found / "rank_correlation.parquet").set_index(["method", "other"])
+    scores = pd.read_parquet(found / "attribution.parquet").sort_values(["layer", "head"])
+    for name in ("head_output_norm", "head_resid_contrib_norm"):
+        norms = np.load(collected / f"{name}_mean.npy").ravel()
+        expected = spearmanr(scores["mean"], norms).statistic
+        assert abs(expected) < 0.99  # a table of ones would not pass
+        assert table.loc[("michel", name), "spearman"] == pytest.approx(expected, abs=1e-6)
+    # A run of another model is found before anything is computed.
+    before = set(tmp_path.iterdir())
+    refused = run_cli("attribute", *flags, "--methods", "[michel]", "--norms", finished)
+    assert refused.code == 2
+    assert "norms: expected a run of a model with 4 layers of 8 heads, found head_" in refused.err
+    assert set(tmp_path.iterdir()) == before

@@ -70,6 +70,7 @@ def _several(settings: AttributeSettings) -> Questions:
 def _attribute(settings: AttributeSettings, path: Path) -> None:
     norms = _norms(settings.norms) if settings.norms else {}
     model, questions = _load(settings)
+    _check_fit(norms, model)
     run = attribute(model, questions, settings)
     sections = _save_scores(run, path)
     methods = [str(method) for method in run["method"].values]
@@ -100,6 +101,17 @@ def _norms(source: str) -> dict[str, np.ndarray]:
     """Mean norms of a collect run."""
     run = results.load_run(source)
     return {name: run[f"{name}_mean"].values for name in results.measures_of(run)}
+
+
+def _check_fit(norms: Mapping[str, np.ndarray], model: Model) -> None:
+    wanted = (model.info.n_layers, model.info.n_heads)
+    for name, value in norms.items():
+        if value.shape != wanted:
+            raise InputError(
+                f"norms: expected a run of a model with {wanted[0]} layers of {wanted[1]} heads, "
+                f"found {name} of {value.shape[0]} layers of {value.shape[1]}; give --norms a run "
+                "of this model"
+            )
 
 
 def _save_table(rows: pd.DataFrame, path: Path) -> None:
@@ -193,11 +205,6 @@ def _save_validation(found: Mapping[str, Any], run: xr.Dataset, path: Path) -> f
 
 
 def _ranks(maps: Mapping[str, np.ndarray], path: Path, sections: Sections) -> pd.DataFrame:
-    shapes = {name: value.shape for name, value in maps.items()}
-    if len(set(shapes.values())) > 1:
-        raise InputError(
-            f"norms: expected a run of the same model, found layers and heads {shapes}"
-        )
     table = rank_correlations(maps)
     long = table.rename_axis("method").reset_index().melt("method", var_name="other")
     _save_table(long.rename(columns={"value": "spearman"}), path / "rank_correlation.parquet")
