@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 import xarray as xr
 
-from tl_headnorm.figures.heatmaps import _step, heatmap, heatmap_png, save_heatmap
+from tl_headnorm.figures.heatmaps import heatmap, heatmap_png, save_heatmap, tick_step
 
 LAYERS, HEADS = 3, 5
 
@@ -132,7 +132,7 @@ def test_png_of_holes(made):
 
 
 def test_ticks_stay_few():
-    assert [_step(n) for n in (1, 20, 21, 40, 64, 128)] == [1, 1, 2, 2, 4, 8]
+    assert [tick_step(n) for n in (1, 20, 21, 40, 64, 128)] == [1, 1, 2, 2, 4, 8]
 
 
 def test_html_needs_no_network(tmp_path):

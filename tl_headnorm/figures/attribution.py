@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_headnorm.figures.heatmaps import tick_step
 from tl_headnorm.figures.text import in_picture, on_page
 from tl_headnorm.files import write_bytes, write_text
 
@@ -105,8 +106,8 @@ def to_html(section: Section) -> Any:
         where = {"row": row + 1, "col": column + 1}
         if panel.z is not None:
             area = figure.get_subplot(row + 1, column + 1)
-            high, low = area.xaxis.domain[1], area.yaxis.domain
-            bar = {"len": low[1] - low[0], "y": sum(low) / 2, "x": high + 0.004, "thickness": 10}
+            right, low = area.xaxis.domain[1], area.yaxis.domain
+            bar = {"len": low[1] - low[0], "y": sum(low) / 2, "x": right + 0.004, "thickness": 10}
             small, large = panel.limits
             figure.add_trace(
                 go.Heatmap(
@@ -117,6 +118,10 @@ def to_html(section: Section) -> Any:
                 **where,
             )  # fmt: skip
             figure.update_yaxes(autorange="reversed", **where)
+            if panel.ticks is None:  # heads and layers are whole numbers
+                high, wide = np.asarray(panel.z).shape
+                figure.update_xaxes(tickmode="linear", tick0=0, dtick=tick_step(wide), **where)
+                figure.update_yaxes(tickmode="linear", tick0=0, dtick=tick_step(high), **where)
         for s in panel.series:
             shown = s.legend and s.name not in seen
             seen.add(s.name)

@@ -85,9 +85,9 @@ def heatmap(array: xr.DataArray, title: str | None = None) -> Any:
         width=max(560, 200 + 26 * n_heads),
         height=max(380, 180 + 26 * n_layers),
     )
-    figure.update_xaxes(title="head", tickmode="linear", dtick=_step(n_heads), showgrid=False)
+    figure.update_xaxes(title="head", tickmode="linear", dtick=tick_step(n_heads), showgrid=False)
     figure.update_yaxes(
-        title="layer", tickmode="linear", dtick=_step(n_layers), autorange="reversed",
+        title="layer", tickmode="linear", dtick=tick_step(n_layers), autorange="reversed",
         showgrid=False,
     )  # fmt: skip
     if np.isnan(values).any():
@@ -98,7 +98,7 @@ def heatmap(array: xr.DataArray, title: str | None = None) -> Any:
     return figure
 
 
-def _step(count: int) -> int:
+def tick_step(count: int) -> int:
     """Every label up to 20, then every second, fourth, ..."""
     step = 1
     while count / step > 20:
@@ -121,8 +121,8 @@ def heatmap_png(array: xr.DataArray, title: str | None = None) -> bytes:
     axes.set_facecolor(NO_DATA)
     masked = np.ma.masked_invalid(values)
     image = axes.imshow(masked, aspect="auto", cmap=COLORS.lower(), interpolation="nearest")
-    axes.set_xticks(range(0, n_heads, _step(n_heads)))
-    axes.set_yticks(range(0, n_layers, _step(n_layers)))
+    axes.set_xticks(range(0, n_heads, tick_step(n_heads)))
+    axes.set_yticks(range(0, n_layers, tick_step(n_layers)))
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
     if title:
