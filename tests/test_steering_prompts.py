@@ -200,10 +200,12 @@ def test_agreement_and_hits():
     [
         ("{", "line 2: expected JSON"),
         ('{"keywords": ["a"]}', 'line 2: expected {"prompt"'),
-        ('{"prompt": "a"}', "line 2: expected a list of texts under keywords"),
+        ("[" * 100_000, "line 2: expected JSON, found a fault (maximum recursion"),
+        ('{"prompt": "\\ud800", "keywords": ["a"]}', "line 2: expected Unicode text, found half"),
+        ('{"prompt": "a"}', "line 2: expected at least one text under keywords"),
         ('{"prompt": "a", "keywords": []}', "at least one text under keywords"),
         ('{"prompt": "a", "keywords": ["a"], "must": []}', "found 'must'"),
-        ('{"prompt": "a", "keywords": ["a"], "must_include": [3]}', "under must_include"),
+        ('{"prompt": "a", "keywords": ["a"], "must_include": [3]}', "under 'must_include'"),
     ],
 )
 def test_a_faulty_prompt_is_named_by_its_line(tmp_path, line, said):
@@ -212,6 +214,9 @@ def test_a_faulty_prompt_is_named_by_its_line(tmp_path, line, said):
     path = write_jsonl(tmp_path / "p.jsonl", [DOG, line])
     with pytest.raises(InputError, match=re.escape(said)):
         read_prompts(path)
+    cut = tmp_path / "cut.jsonl"  # U+2028 stands inside a string here, and ends no line
+    cut.write_text('{"prompt": "a\u2028b", "keywords": ["a"]}\r\n', encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts(cut)] == ["a\u2028b"]
     assert read_prompts(write_jsonl(tmp_path / "q.jsonl", [CAT]))[0].must_include == ("hat",)
 
 

@@ -346,9 +346,3 @@ def remove_if_empty(path: Path) -> None:
         path.rmdir()
     except OSError:
         return
-
-
-def remove_scratch(path: Path) -> None:
-    """Delete the files through which per-sample values went."""
-    for file in path.glob(".*.npy"):
-        file.unlink(missing_ok=True)

@@ -1,12 +1,11 @@
 """Files of prompts: one a line, or JSONL with keywords of each prompt's own."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.data.lines import json_of, read_text
+from tl_headnorm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,29 +32,16 @@ def read_prompts(path: str | Path) -> Prompts:
     `keywords` is a text or a list of texts; other keys may stand there. Raises InputError naming
     file and line.
     """
-    where = Path(path).expanduser()
-    try:
-        data = where.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"prompts: expected a UTF-8 file of prompts (.txt or .jsonl), found {path} "
-            f"({first_line(error)}); check the path"
-        ) from None
-    read = _of_json if where.suffix == ".jsonl" else lambda line, at: Prompt(line)
-    # Only "\n" ends a line: str.splitlines also cuts at separators that may stand inside a prompt.
-    lines = [(line.rstrip("\r"), n) for n, line in enumerate(text.split("\n"), 1)]
-    items = tuple(read(line, f"{where}, line {n}") for line, n in lines if line.strip())
+    file = read_text(path, "prompts", "a UTF-8 file of prompts (.txt or .jsonl)")
+    read = _of_json if file.path.suffix == ".jsonl" else lambda line, at: Prompt(line)
+    items = tuple(read(line, at) for line, at in file.lines())
     if not items:
         raise InputError(f"prompts: expected prompts in {path}, found none")
-    return Prompts(items, str(where), hashlib.sha256(data).hexdigest())
+    return Prompts(items, str(file.path), file.sha256)
 
 
 def _of_json(line: str, at: str) -> Prompt:
-    try:
-        record: Any = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{at}: expected JSON, found a fault ({first_line(error)})") from None
+    record: Any = json_of(line, at)
     if isinstance(record, str):
         record = {"prompt": record}
     text = record.get("prompt") if isinstance(record, dict) else None
@@ -63,15 +49,12 @@ def _of_json(line: str, at: str) -> Prompt:
         raise InputError(
             f"{at}: expected a text, or an object with a text under 'prompt', found {line[:60]!r}"
         )
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{at}: expected Unicode text, found half a surrogate pair") from None
     name = record.get("id")
-    return Prompt(text, _texts(record, "keywords", at), "" if name is None else str(name))
+    return Prompt(text, texts_under(record, "keywords", at), "" if name is None else str(name))
 
 
-def _texts(record: dict[str, Any], key: str, at: str) -> tuple[str, ...]:
+def texts_under(record: dict[str, Any], key: str, at: str) -> tuple[str, ...]:
+    """The text or texts under a key, each once; none where the key is not there."""
     found = record.get(key)
     items = [] if found is None else [found] if isinstance(found, str) else found
     if not isinstance(items, list) or not all(isinstance(i, str) and i.strip() for i in items):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_headnorm.config.run import parse_shard
-from tl_headnorm.data.readers import Source, open_split, records_of_file
+from tl_headnorm.data.readers import Source, open_split
 from tl_headnorm.errors import InputError, unknown
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -304,8 +304,3 @@ def _usable(
         seen.add(question.id)
         n = len(question.options)
         yield question if n in n_options else f"{n} options"
-
-
-def questions_from_file(path: Path, name: str, split: str) -> Source:
-    """A Source for one file, for datasets that ship with a package."""
-    return Source(records_of_file(path), str(path), (path,))

@@ -1,13 +1,12 @@
 """Plain text: a file, or a JSONL of texts, as windows of tokens."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tl_headnorm.data.lines import json_of, read_text
 from tl_headnorm.data.tokens import Encoded, bos_id, token_ids
-from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,49 +21,22 @@ class Texts:
 
 def read_texts(path: str | Path) -> Texts:
     """One running text, or for .jsonl one text per line: a string or an object with `text`."""
-    where = Path(path).expanduser()
-    try:
-        data = where.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"texts: expected a UTF-8 text file or a .jsonl of texts, found {path} "
-            f"({first_line(error)}); check the path"
-        ) from None
-    lines = where.suffix == ".jsonl"
-    items = _lines(text, where) if lines else (text,)
+    file = read_text(path, "texts", "a UTF-8 text file or a .jsonl of texts")
+    lines = file.path.suffix == ".jsonl"
+    items = tuple(_of_json(line, at) for line, at in file.lines()) if lines else (file.text,)
     if not any(item.strip() for item in items):
         raise InputError(f"texts: expected text in {path}, found none")
-    return Texts(items, not lines, str(where), hashlib.sha256(data).hexdigest())
+    return Texts(items, not lines, str(file.path), file.sha256)
 
 
-def _lines(text: str, where: Path) -> tuple[str, ...]:
-    found = []
-    # Not splitlines: JSON allows U+2028 and its like inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{where}, line {number}: expected JSON, found a fault ({first_line(error)})"
-            ) from None
-        item = record.get("text") if isinstance(record, dict) else record
-        if not isinstance(item, str):
-            raise InputError(
-                f"{where}, line {number}: expected a text or an object with 'text', found "
-                f"{type(item).__name__}"
-            )
-        try:
-            item.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{where}, line {number}: expected Unicode text, found half a surrogate pair "
-                f"({item[error.start]!r})"
-            ) from None
-        found.append(item)
-    return tuple(found)
+def _of_json(line: str, at: str) -> str:
+    record = json_of(line, at)
+    item = record.get("text") if isinstance(record, dict) else record
+    if not isinstance(item, str):
+        raise InputError(
+            f"{at}: expected a text or an object with 'text', found {type(item).__name__}"
+        )
+    return item
 
 
 def windows(

@@ -72,6 +72,5 @@ def run_dir(output_dir: str, name: str) -> Iterator[Path]:
     try:
         yield path
     except BaseException:
-        results.remove_scratch(path)
         results.remove_if_empty(path)
         raise

@@ -1,12 +1,13 @@
 """Prompts with keywords: a JSONL, or questions written on, as tokens with their spans."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tl_headnorm.data.chat import as_chat
+from tl_headnorm.data.lines import json_of, read_text
+from tl_headnorm.data.prompts import texts_under
 from tl_headnorm.data.spans import TokenText, encode_text, find_spans, positions
 from tl_headnorm.data.templates import Sample
 from tl_headnorm.errors import InputError, first_line
@@ -37,29 +38,15 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
     `must_include` defaults to the keywords. Raises InputError naming file, line and fault.
     """
-    where = Path(path).expanduser()
-    try:
-        lines = where.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"prompts: expected a JSONL of prompt and keywords, found {path} "
-            f"({first_line(error)}); check the path"
-        ) from None
-    found = [
-        _prompt(line, f"{where}, line {n}", n) for n, line in enumerate(lines, 1) if line.strip()
-    ]
+    lines = read_text(path, "prompts", "a JSONL of prompt and keywords").lines()
+    found = [_prompt(line, at, number) for number, (line, at) in enumerate(lines, 1)]
     if not found:
         raise InputError(f"prompts: expected at least one prompt in {path}, found none")
     return found
 
 
 def _prompt(line: str, where: str, number: int) -> Prompt:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(
-            f"{where}: expected JSON, found a fault ({first_line(error)}); mend it"
-        ) from None
+    record = json_of(line, where)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise InputError(
             f'{where}: expected {{"prompt": "...", "keywords": ["..."]}}, found {line[:60]}'
@@ -69,19 +56,12 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
         raise InputError(
             f"{where}: expected prompt, keywords, must_include and id, found {sorted(unknown)[0]!r}"
         )
-    keywords = _texts(record.get("keywords"), "keywords", where)
+    keywords = texts_under(record, "keywords", where)
     if not keywords:
         raise InputError(f"{where}: expected at least one text under keywords, found none")
-    needed = record.get("must_include")
-    included = keywords if needed is None else _texts(needed, "must_include", where)
+    given = record.get("must_include") is not None
+    included = texts_under(record, "must_include", where) if given else keywords
     return Prompt(str(record.get("id", number)), record["prompt"], keywords, included)
-
-
-def _texts(value: Any, key: str, where: str) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(t, str) and t.strip() for t in texts):
-        raise InputError(f"{where}: expected a list of texts under {key}, found {value!r}")
-    return tuple(dict.fromkeys(texts))
 
 
 def distraction(setting: str) -> str:

@@ -1,0 +1,55 @@
+"""Text files and their lines, with the place of each for an error."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tl_headnorm.errors import InputError, first_line
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A file's text, its path and its SHA-256."""
+
+    text: str
+    path: Path
+    sha256: str
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Every line that is not empty, and where it stands."""
+        # Only "\n" ends a line: str.splitlines also cuts at U+2028 and its like, which may stand
+        # inside a prompt and, in JSON, inside a string.
+        for number, line in enumerate(self.text.split("\n"), 1):
+            if line.strip():
+                yield line.rstrip("\r"), f"{self.path}, line {number}"
+
+
+def read_text(path: str | Path, setting: str, what: str) -> TextFile:
+    """A UTF-8 file. Raises InputError in which `setting` expected `what`."""
+    where = Path(path).expanduser()
+    try:
+        data = where.read_bytes()
+        text = data.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{setting}: expected {what}, found {path} ({first_line(error)}); check the path"
+        ) from None
+    return TextFile(text, where, hashlib.sha256(data).hexdigest())
+
+
+def json_of(line: str, at: str) -> Any:
+    """The JSON value of a line. Raises InputError for a fault, or text that is not Unicode."""
+    try:
+        value = json.loads(line)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{at}: expected Unicode text, found half a surrogate pair "
+            f"({error.object[error.start]!r})"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{at}: expected JSON, found a fault ({first_line(error)})") from None
+    return value
