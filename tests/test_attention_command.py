@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import question_record, write_jsonl
 
+from tl_headnorm.data.lines import text_or_file
 from tl_headnorm.data.prompts import read_prompts
 from tl_headnorm.data.spans import encode_text
 from tl_headnorm.errors import InputError
@@ -234,18 +235,16 @@ def test_chat_and_where_text_is_put_then(stories_dir, tmp_path, run_cli):
 
 
 def test_a_file_with_the_distracting_text(tmp_path):
-    from tl_headnorm.config.attention import AttentionSettings
-    from tl_headnorm.jobs.attention_inputs import distractor
-
     file = tmp_path / "other.txt"
     file.write_text("Look away.\n", encoding="utf-8")
-    assert distractor(AttentionSettings(prompt="a", distract=str(file))) == "Look away.\n"
-    assert distractor(AttentionSettings(prompt="a", distract="Look!")) == "Look!"
+    assert text_or_file(str(file), "distract") == "Look away.\n"
+    for text in ("Look!", "Look! " * 2000, "~nobody looks", "a\0b"):  # not all can be paths
+        assert text_or_file(text, "distract") == text
     file.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(InputError, match="distract: expected a text or a UTF-8 file"):
-        distractor(AttentionSettings(prompt="a", distract=str(file)))
+        text_or_file(str(file), "distract")
     with pytest.raises(InputError, match="distract: expected a text, found none"):
-        distractor(AttentionSettings(prompt="a", distract=" "))
+        text_or_file(" ", "distract")
 
 
 def test_the_bridge_makes_the_same_files(run_cli, flags, tmp_path):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from tl_headnorm.config.attribute import METHODS, AttributeSettings
 from tl_headnorm.errors import InputError
-from tl_headnorm.stats import benjamini_hochberg
 from tl_headnorm.studies.attribution import stability as stab
 from tl_headnorm.studies.attribution.groups import compare_groups
 from tl_headnorm.studies.attribution.rollout import rollout
@@ -110,10 +109,6 @@ def test_noise_has_no_sample_specific_signal_and_a_second_pattern_has():
         assert abs(report["mean_removed"]["rest_mean_pair"]) < 0.03
 
 
-def test_ranks_share_ties():
-    assert stab.ranks(np.array([[3.0, 1, 3, 2]])).tolist() == [[3.5, 1, 3.5, 2]]
-
-
 def test_variance_ranking_and_missing_heads():
     values = np.random.default_rng(0).normal(size=(9, 2, 3))
     values[:, 1, 1] *= 20
@@ -122,11 +117,6 @@ def test_variance_ranking_and_missing_heads():
     assert (ranking[0]["layer"], ranking[0]["head"], len(ranking)) == (1, 1, 5)
     with pytest.raises(InputError, match="3 or more samples"):
         stab.stability(values[:2])
-
-
-def test_benjamini_hochberg_by_hand():
-    q = benjamini_hochberg(np.array([0.04, 0.01, 0.5, 0.03]))
-    np.testing.assert_allclose(q, [0.16 / 3, 0.04, 0.5, 0.16 / 3])
 
 
 def test_groups_find_the_planted_head_and_control_the_others():

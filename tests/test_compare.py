@@ -19,7 +19,7 @@ from tl_headnorm.config.compare import CompareSettings
 from tl_headnorm.errors import InputError
 from tl_headnorm.figures import compare as figures
 from tl_headnorm.results import load_run, measures_of
-from tl_headnorm.stats import Moments, benjamini_hochberg
+from tl_headnorm.stats import Moments
 from tl_headnorm.studies.compare import (
     common_samples,
     compare,
@@ -123,20 +123,6 @@ def test_small_numbers_in_closed_form(n):
     tail = 1 - 2 * np.arctan(abs(t)) / np.pi if n == 2 else 1 - abs(t) / np.sqrt(2 + t**2)
     np.testing.assert_allclose(found["t"], t)
     np.testing.assert_allclose(found["p"], tail)
-
-
-@given(hnp.arrays(float, st.integers(1, 30), elements=st.floats(0, 1)))
-def test_benjamini_hochberg_against_scipy(p):
-    np.testing.assert_allclose(
-        benjamini_hochberg(p), scipy_stats.false_discovery_control(p), rtol=1e-12, atol=1e-300
-    )
-
-
-def test_the_ratio_alone_is_not_benjamini_hochberg():
-    """The naive rival: p n / rank without the running minimum."""
-    p = np.array([0.02, 0.021, 0.9])
-    naive = p * 3 / np.arange(1, 4)
-    assert naive[0] > benjamini_hochberg(p)[0] == pytest.approx(0.0315)
 
 
 @given(hnp.arrays(float, (4, 5), elements=st.integers(0, 6)), st.integers(0, 99))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tl_headnorm.figures.report import facts
 from tl_headnorm.figures.report.contrast import contrast
 from tl_headnorm.figures.report.packing import chosen_samples, pack
+from tl_headnorm.stats import wilson
 
 
 @given(
@@ -64,7 +64,7 @@ def test_samples_left_out_are_chosen_at_random_by_the_seed():
 ])  # fmt: skip
 def test_wilson(right, n, low, high):
     """The third is Newcombe's (1998) example 1 for method 3."""
-    found = facts.wilson(right, n)
+    found = wilson(right, n)
     assert found == pytest.approx((low, high), abs=6e-5)
 
 

@@ -15,8 +15,9 @@ from tl_headnorm.data.templates import get_template
 from tl_headnorm.data.texts import read_texts, windows
 from tl_headnorm.errors import InputError
 from tl_headnorm.intervene.rankings import choose_heads, random_heads
+from tl_headnorm.stats import wilson
 from tl_headnorm.studies.steering.prompts import Prompt, prepare_prompts
-from tl_headnorm.studies.steering.study import bootstrap_interval, wilson
+from tl_headnorm.studies.steering.study import bootstrap_interval
 from tl_headnorm.studies.steering.targets import option_spans, question_targets, text_targets
 
 HEADS = {"heads": "all"}

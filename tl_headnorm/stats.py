@@ -64,15 +64,15 @@ class Moments:
         return np.sqrt(variance)
 
 
-def benjamini_hochberg(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Adjusted p-values: q <= fdr keeps the expected share of false discoveries below fdr.
+def wilson(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a share, 95 % by default; (0, 1) where n is 0.
 
-    Source: Benjamini, Hochberg, "Controlling the false discovery rate", 1995.
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
-    n = len(p)
-    order = np.argsort(p, kind="stable")
-    scaled = p[order] * n / np.arange(1, n + 1)
-    adjusted = np.minimum(np.minimum.accumulate(scaled[::-1])[::-1], 1)
-    out = np.empty(n)
-    out[order] = adjusted
-    return out
+    if n == 0:
+        return 0.0, 1.0
+    p = hits / n
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * float(np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)))
+    # At 0 and 1 rounding must not put the share outside of its interval.
+    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))

@@ -40,6 +40,18 @@ def read_text(path: str | Path, setting: str, what: str) -> TextFile:
     return TextFile(text, where, hashlib.sha256(data).hexdigest())
 
 
+def text_or_file(given: str, setting: str) -> str:
+    """What a setting says, or the text of the file that it names."""
+    try:
+        named = Path(given).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # too long for a name, or `~somebody`: a text
+        named = False
+    text = read_text(given, setting, "a text or a UTF-8 file").text if named else given
+    if not text.strip():
+        raise InputError(f"{setting}: expected a text, found none in {given!r}")
+    return text
+
+
 def json_of(line: str, at: str) -> Any:
     """The JSON value of a line. Raises InputError for a fault, or text that is not Unicode."""
     try:

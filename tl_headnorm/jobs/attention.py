@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 
 from tl_headnorm.config.attention import AttentionSettings
+from tl_headnorm.data.lines import text_or_file
 from tl_headnorm.figures import attention as figures
 from tl_headnorm.figures import attention_page
 from tl_headnorm.files import write_json, write_text, write_with
 from tl_headnorm.intervene.generate import check_room
 from tl_headnorm.intervene.headsets import Heads, all_heads, parse_heads, parse_layers
-from tl_headnorm.jobs.attention_inputs import Subject, distractor, open_subjects
+from tl_headnorm.jobs.attention_inputs import Subject, open_subjects
 from tl_headnorm.jobs.opening import run_dir, say
 from tl_headnorm.jobs.studies import record, save_table
 from tl_headnorm.measuring import Factors, factors_of
@@ -52,7 +53,7 @@ def _attention(settings: AttentionSettings, path: Path) -> None:
     wanted = Wanted(layers, heads, settings.keep_mb, settings.local_window)
     repeated = _repeated(model, layers, settings)
     factors = factors_of(model)
-    other = distractor(settings) if settings.distract is not None else None
+    other = text_or_file(settings.distract, "distract") if settings.distract is not None else None
     # What can be wrong with a prompt is found before anything is written.
     asked = [
         [find_keyword(model, s.tokens, text, settings.match) for text in s.keywords]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tl_headnorm.config.attention import AttentionSettings
@@ -11,7 +10,7 @@ from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.prompts import Prompt, read_prompts
 from tl_headnorm.data.spans import TokenText, encode_text, find_spans
 from tl_headnorm.data.templates import Sample
-from tl_headnorm.errors import InputError, first_line, nearest
+from tl_headnorm.errors import InputError, nearest
 from tl_headnorm.jobs.opening import open_both, open_model
 from tl_headnorm.model import Model
 
@@ -115,19 +114,3 @@ def _instruction(
         return whole
     span = find_spans(tokens, settings.instruction, name="instruction")[0]
     return span.char_start, span.char_stop
-
-
-def distractor(settings: AttentionSettings) -> str:
-    """The distracting text itself, or that of a file."""
-    text = str(settings.distract)
-    path = Path(text).expanduser()
-    try:
-        if len(text) < 256 and path.is_file():
-            text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"distract: expected a text or a UTF-8 file, found {path} ({first_line(error)})"
-        ) from None
-    if not text.strip():
-        raise InputError(f"distract: expected a text, found none in {settings.distract!r}")
-    return text

@@ -11,6 +11,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from tl_headnorm.config.steer import SteerSettings
+from tl_headnorm.data.lines import text_or_file
 from tl_headnorm.data.prepare import Prepared, prepare
 from tl_headnorm.data.questions import Questions
 from tl_headnorm.data.spans import TokenText
@@ -256,7 +257,7 @@ def _follow(settings: SteerSettings, path: Path) -> None:
     """Prompts of a file: plain, steered and constrained, side by side."""
     started = time.time()
     asked = prompts.read_prompts(settings.prompts or "")
-    text = prompts.distraction(settings.distract) if settings.distract else None
+    text = text_or_file(settings.distract, "distract").strip() if settings.distract else None
     model = open_model(settings)
     ready = prompts.prepare_prompts(asked, model.tokenizer, settings)
     if text is not None:

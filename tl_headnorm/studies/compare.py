@@ -9,10 +9,11 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 from scipy.special import bdtr, stdtr
+from scipy.stats import false_discovery_control
 
 from tl_headnorm.errors import InputError
 from tl_headnorm.results import measures_of
-from tl_headnorm.stats import Moments, benjamini_hochberg
+from tl_headnorm.stats import Moments
 
 # Relative step between neighbouring numbers of a data type.
 STEP = {"bf16": 2.0**-7, "fp16": 2.0**-10, "fp32": 2.0**-23, "fp64": 2.0**-52}
@@ -146,7 +147,7 @@ def _of_measure(
     ratio = np.divide(b, a, out=np.full(a.shape, np.nan), where=both)
     q = np.full(a.shape, np.nan)
     tested = ~np.isnan(found["p"])
-    q[tested] = benjamini_hochberg(found["p"][tested])
+    q[tested] = false_discovery_control(found["p"][tested])
     return {
         **found,
         "difference": b - a,

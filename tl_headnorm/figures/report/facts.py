@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 import xarray as xr
 
 from tl_headnorm.files import plain
+from tl_headnorm.stats import wilson
 
 # Largest relative difference to Hugging Face that the data type's own rounding explains.
 ROUNDING = {"fp64": 1e-5, "fp32": 1e-4, "fp16": 1e-2, "bf16": 2e-2}
-Z95 = 1.959964
 
 
 def part(meta: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -26,14 +25,6 @@ def measures_of(run: xr.Dataset) -> list[str]:
     """The names X for which the run holds X_mean [layer, head]."""
     names = [str(name) for name in run.data_vars if str(name).endswith("_mean")]
     return [n.removesuffix("_mean") for n in names if run[n].dims == ("layer", "head")]
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share, by Wilson's score (1927): sensible at 0, at 1 and for small n."""
-    share, z2 = right / n, Z95**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def chance(meta: Mapping[str, Any], n_options: Sequence[int] | None) -> tuple[float, float]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
+from scipy.stats import false_discovery_control
 
 from tl_headnorm.errors import InputError
-from tl_headnorm.stats import benjamini_hochberg
 
 
 def between(
@@ -57,7 +57,7 @@ def compare_groups(
         )
     flat = values.reshape(len(values), -1)
     p = permutation_test(flat, labels, permutations=permutations, seed=seed)
-    q = benjamini_hochberg(p)
+    q = false_discovery_control(p)
     layer, head = np.divmod(np.arange(flat.shape[1]), values.shape[2])
     table = pd.DataFrame({"layer": layer, "head": head})
     for index, name in enumerate(names):

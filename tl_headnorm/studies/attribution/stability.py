@@ -4,21 +4,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy.stats import rankdata
 
 from tl_headnorm.errors import InputError
 
 Maps = Float[np.ndarray, "sample feature"]
 # Pairs beyond this many samples say nothing new and cost memory; a seeded choice is used.
 MOST_SAMPLES = 1000
-
-
-def ranks(rows: Float[np.ndarray, "row n"]) -> Float[np.ndarray, "row n"]:
-    """Ranks within each row; ties share their mean rank."""
-    out = np.empty(rows.shape)
-    for i, row in enumerate(rows):
-        _, place, count = np.unique(row, return_inverse=True, return_counts=True)
-        out[i] = (np.cumsum(count) - (count - 1) / 2)[place]
-    return out
 
 
 def centred(maps: Maps) -> Maps:
@@ -39,7 +31,7 @@ def correlations(maps: Maps, kind: str) -> Float[np.ndarray, "sample sample"]:
         length = np.linalg.norm(maps, axis=1, keepdims=True)
         unit = np.divide(maps, length, out=np.zeros_like(maps), where=length > 0)
     else:
-        unit = standardised(ranks(maps) if kind == "spearman" else maps)
+        unit = standardised(rankdata(maps, axis=1) if kind == "spearman" else maps)
     return unit @ unit.T
 
 

@@ -18,8 +18,8 @@ from tl_headnorm.intervene.edits import Hook
 from tl_headnorm.intervene.generate import Generated, Step, eos_ids, generate
 from tl_headnorm.intervene.steering import Steering, boosts_of, span_mask, steer_hooks, weight_on
 from tl_headnorm.model import Model
+from tl_headnorm.stats import wilson
 from tl_headnorm.studies.steering.prompts import Ready
-from tl_headnorm.studies.steering.study import wilson
 
 
 @dataclass(frozen=True)

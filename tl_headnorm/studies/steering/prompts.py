@@ -10,7 +10,7 @@ from tl_headnorm.data.lines import json_of, read_text
 from tl_headnorm.data.prompts import texts_under
 from tl_headnorm.data.spans import TokenText, encode_text, find_spans, positions
 from tl_headnorm.data.templates import Sample
-from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,6 @@ def _prompt(line: str, where: str, number: int) -> Prompt:
     given = record.get("must_include") is not None
     included = texts_under(record, "must_include", where) if given else keywords
     return Prompt(str(record.get("id", number)), record["prompt"], keywords, included)
-
-
-def distraction(setting: str) -> str:
-    """The distracting text: of the file, where the setting names one."""
-    path = Path(setting).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else setting
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"distract: could not read {setting} ({first_line(error)})") from None
-    if not text.strip():
-        raise InputError("distract: expected a text, found an empty one")
-    return text.strip()
 
 
 def with_distraction(prompt: Prompt, text: str, where: str) -> Prompt:

@@ -17,6 +17,7 @@ from tl_headnorm.intervene.rankings import random_heads
 from tl_headnorm.intervene.readouts import Letters, NextTokens, Values
 from tl_headnorm.intervene.steering import HowSteered, Steered, Steering, run_steered
 from tl_headnorm.model import Model
+from tl_headnorm.stats import wilson
 from tl_headnorm.studies.steering.targets import Targets
 
 COLUMNS = (
@@ -134,20 +135,6 @@ def _row(found: Steered, number: int, steering: Steering, targets: Targets) -> d
             row |= {"target_share": hits.mean(), "target_share_low": low,
                     "target_share_high": high}  # fmt: skip
     return row
-
-
-def wilson(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default; (0, 1) where n is 0.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
-    if n == 0:
-        return 0.0, 1.0
-    p = hits / n
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * float(np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)))
-    # At 0 and 1 rounding must not put the share outside of its interval.
-    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
 
 
 def per_sample_table(
