@@ -4,8 +4,8 @@ import warnings
 
 import torch
 
-from tl_headnorm.model import Model, ModelInfo
-from tl_headnorm.shapes import FAMILY_MODELS, family_model
+from tl_headnorm.model.loading import Model, ModelInfo
+from tl_headnorm.model.random_models import FAMILY_MODELS, family_model
 
 __all__ = ["FAMILY_MODELS", "as_model", "family_model", "hooked", "llama"]
 

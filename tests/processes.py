@@ -18,7 +18,8 @@ import pandas as pd
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["tl_headnorm.jobs.run", "tl_headnorm.cli", "torch.distributed", "transformer_lens",
+    ["tl_headnorm.commands.collect.command", "tl_headnorm.cli", "torch.distributed",
+     "transformer_lens",
      "transformers.models.llama.modeling_llama", "matplotlib.pyplot"]
 )  # fmt: skip
 

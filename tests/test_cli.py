@@ -9,10 +9,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-import tl_headnorm.jobs.run
+import tl_headnorm.commands.collect.command
 from tl_headnorm.cli import COMMANDS, parse
-from tl_headnorm.config.run import Settings, check_config
 from tl_headnorm.errors import InputError
+from tl_headnorm.settings import Settings, check_config
 
 HEAVY = ("torch", "transformer_lens", "transformers", "datasets", "xarray", "plotly", "matplotlib")
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -256,7 +256,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_the_users(run_cli, monkeypatch):
     def fail(settings):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(tl_headnorm.jobs.run, "run_collect", fail)
+    monkeypatch.setattr(tl_headnorm.commands.collect.command, "run_collect", fail)
     with pytest.raises(ZeroDivisionError):
         run_cli("collect")
 
@@ -265,7 +265,7 @@ def test_interrupted(run_cli, monkeypatch):
     def fail(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tl_headnorm.jobs.run, "run_collect", fail)
+    monkeypatch.setattr(tl_headnorm.commands.collect.command, "run_collect", fail)
     result = run_cli("collect")
     assert (result.code, result.err) == (130, "interrupted\n")
 
@@ -283,7 +283,7 @@ def test_what_the_machine_lacks_is_one_line(error, message, run_cli, monkeypatch
     def fail(settings):
         raise eval(error, {"torch": torch})
 
-    monkeypatch.setattr(tl_headnorm.jobs.run, "run_collect", fail)
+    monkeypatch.setattr(tl_headnorm.commands.collect.command, "run_collect", fail)
     result = run_cli("collect")
     assert result.code == 2
     assert message in result.error_line
@@ -306,7 +306,7 @@ def test_validate_says_whether_it_held(run_cli, small, tmp_path, monkeypatch):
     assert report["passed"]
     assert report["n_samples"] == 2
     assert passed.err.splitlines()[-1] == "passed"
-    monkeypatch.setitem(tl_headnorm.hf.TOLERANCE, "fp32", (0.0, 0.0))
+    monkeypatch.setitem(tl_headnorm.oracle.hugging_face.TOLERANCE, "fp32", (0.0, 0.0))
     failed = run_cli(*arguments)
     assert failed.code == 1
     assert "FAILED" in failed.err.splitlines()[-1]

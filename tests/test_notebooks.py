@@ -83,7 +83,7 @@ def test_citation():
 
 
 def test_changelog_names_every_command():
-    from tl_headnorm.commands import COMMANDS
+    from tl_headnorm.commands.table import COMMANDS
 
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert text.startswith("# Changelog\n")

@@ -7,28 +7,28 @@ transformer_lens.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tl_headnorm.config.run import Settings
+    from tl_headnorm.commands.collect.collect import collect
+    from tl_headnorm.commands.compare.compare import compare
     from tl_headnorm.data.questions import Question, load_questions, register_dataset
     from tl_headnorm.data.templates import register_template
     from tl_headnorm.data.tokens import build_sft_example
     from tl_headnorm.errors import InputError
-    from tl_headnorm.figures.heatmaps import heatmap
-    from tl_headnorm.model import load_model
-    from tl_headnorm.results import load_run
-    from tl_headnorm.runs.whole import collect
-    from tl_headnorm.studies.compare import compare
+    from tl_headnorm.model.loading import load_model
+    from tl_headnorm.plots.heatmaps import heatmap
+    from tl_headnorm.run.results import load_run
+    from tl_headnorm.settings import Settings
 
 _HOME = {
     "InputError": "errors",
     "Question": "data.questions",
-    "Settings": "config.run",
+    "Settings": "settings",
     "build_sft_example": "data.tokens",
-    "collect": "runs.whole",
-    "compare": "studies.compare",
-    "heatmap": "figures.heatmaps",
-    "load_model": "model",
+    "collect": "commands.collect.collect",
+    "compare": "commands.compare.compare",
+    "heatmap": "plots.heatmaps",
+    "load_model": "model.loading",
     "load_questions": "data.questions",
-    "load_run": "results",
+    "load_run": "run.results",
     "register_dataset": "data.questions",
     "register_template": "data.templates",
 }

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, get_args
 
-from tl_headnorm.commands import COMMANDS
-from tl_headnorm.config.launch import processes
-from tl_headnorm.config.resume import resumed
-from tl_headnorm.config.run import check_config
+from tl_headnorm.commands.table import COMMANDS
 from tl_headnorm.errors import InputError, first_line, nearest, unknown
+from tl_headnorm.run.launch import processes
+from tl_headnorm.run.resume import resumed
+from tl_headnorm.settings import check_config
 
 _UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments: (-*)([^=\s]+)")
 _WRONG_TYPE = re.compile(r'Parser key "([\w.]+)":? (?:Expected a (.+?)\. Got value: (.*)|(.*))')
@@ -51,14 +51,14 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if processes() == 1:  # before anything of torch is loaded
             return _main(arguments, lambda work: work())[0]
-        from tl_headnorm.runs import sharding
+        from tl_headnorm.run import ranks
 
-        together = sharding.ranks().together
+        together = ranks.ranks().together
     except InputError as error:  # a launcher's environment that leads nowhere
         print(f"tl-headnorm: {error}", file=sys.stderr)
         return BAD_INPUT
     code, cause = _main(arguments, together)
-    sharding.leave(cause)
+    ranks.leave(cause)
     return code
 
 

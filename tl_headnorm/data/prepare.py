@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tl_headnorm.config.run import Settings
 from tl_headnorm.data.chat import as_chat, chat_template_sha256, check_whole
 from tl_headnorm.data.questions import Question, Questions, load_questions
 from tl_headnorm.data.templates import Sample, Template, build_samples, get_template
@@ -19,6 +18,7 @@ from tl_headnorm.data.tokens import (
     token_ids,
 )
 from tl_headnorm.errors import InputError
+from tl_headnorm.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tl_headnorm.config.run import parse_shard
 from tl_headnorm.data.readers import Source, open_split
 from tl_headnorm.errors import InputError, unknown
+from tl_headnorm.settings import parse_shard
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -110,7 +110,7 @@ def _multiple_choice(data_dir: str | None, split: str) -> Source:
 @register_dataset("builtin:questions")
 def _builtin_questions(data_dir: str | None, split: str) -> Source:
     """The built-in model's held-out questions (test) and examples for few-shot (train)."""
-    from tl_headnorm.tiny import questions_dir
+    from tl_headnorm.builtin import questions_dir
 
     if data_dir is not None:
         raise InputError(

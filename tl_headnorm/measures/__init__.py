@@ -1,7 +1,6 @@
 """What each head is measured by."""
 
-from tl_headnorm.measures.choosing import choose_measures, load_measures
-from tl_headnorm.measures.seen import (
+from tl_headnorm.measures.activations import (
     Seen,
     Weights,
     contribution_factor,
@@ -12,6 +11,7 @@ from tl_headnorm.measures.seen import (
     sum_over_tokens,
     take_position,
 )
+from tl_headnorm.measures.registry import choose_measures, load_measures
 from tl_headnorm.measures.table import (
     FOLLOW_TOKEN_AGG,
     MEASURES,

@@ -9,7 +9,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_headnorm.measures.seen import HeadValues, Seen, ratio
+from tl_headnorm.measures.activations import HeadValues, Seen, ratio
 
 # What a measure may read of a layer; `answer` is the direction of the answer's logit.
 READS = ("z", "pattern", "v", "resid_pre", "answer")

@@ -1,0 +1,437 @@
+"""The report in a real browser: from disk, with the network blocked, by pointer and by keyboard."""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_runs import asked, made_run, question
+
+from tl_headnorm import load_run
+from tl_headnorm.commands.report.page import Texts, report_html
+
+SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+FAR = 20_000  # milliseconds: machines that run tests may be busy
+
+
+def find_chromium(names=("chromium", "chromium-browser", "google-chrome")):
+    """Where the browser is. In CI its absence fails the tests; elsewhere it skips them."""
+    for name in names:
+        if path := shutil.which(name):
+            return path
+    text = "expected Debian's chromium for the tests of report.html, found none on PATH"
+    if os.environ.get("CI"):
+        pytest.fail(f"{text}; install it: apt-get install chromium")
+    pytest.skip(text)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    path = find_chromium()
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@dataclass
+class Seen:
+    """A page and what happened while it was open."""
+
+    page: object
+    requests: list = field(default_factory=list)
+    faults: list = field(default_factory=list)
+
+    def text(self, selector):
+        return self.page.locator(selector).inner_text()
+
+    def at(self, layer, head, measure=0):
+        """The middle of a cell, on the screen."""
+        map_ = self.page.locator(f"#map-{measure}")
+        map_.scroll_into_view_if_needed()
+        box = map_.locator(".nsewdrag").bounding_box()
+        n_layers, n_heads = self.page.evaluate("[headReport.data.layers, headReport.data.heads]")
+        return (
+            box["x"] + (head + 0.5) * box["width"] / n_heads,
+            box["y"] + (layer + 0.5) * box["height"] / n_layers,
+        )
+
+    def head_is(self, layer, head):
+        self.page.wait_for_function(
+            "(name) => document.getElementById('head-name').textContent === name",
+            arg=f"Layer {layer}, head {head}",
+            timeout=FAR,
+        )
+
+    def column(self, number):
+        """The texts of a column of the rows that are drawn."""
+        return self.page.locator(
+            f"#table tbody tr:not(.space) td:nth-child({number})"
+        ).all_inner_texts()
+
+
+@contextmanager
+def opened(browser, path, *, wait=True, **context):
+    """Open a file with the network blocked twice over; afterwards nothing may have gone wrong."""
+    made = browser.new_context(offline=True, viewport={"width": 1400, "height": 900}, **context)
+    made.set_default_timeout(FAR)
+    made.route(
+        "**/*",
+        lambda route: route.continue_() if route.request.url.startswith("file:") else route.abort(),
+    )
+    page = made.new_page()
+    seen = Seen(page)
+    page.on("request", lambda request: seen.requests.append(request.url))
+    page.on("pageerror", lambda error: seen.faults.append(str(error)))
+    page.on("dialog", lambda dialog: (seen.faults.append(dialog.message), dialog.dismiss()))
+    page.on("console", lambda said: seen.faults.append(said.text)
+            if said.type in ("error", "warning") else None)  # fmt: skip
+    try:
+        page.goto(Path(path).resolve().as_uri())
+        if wait:
+            page.wait_for_function("window.headReport")
+        yield seen
+    finally:
+        made.close()
+    if wait:
+        assert seen.faults == []
+        assert [u for u in seen.requests if not u.startswith(("file:", "data:,"))] == []
+        assert seen.requests
+
+
+def write_page(folder, run, questions=None, **more):
+    path = folder / "report.html"
+    texts = Texts(asked(run.sizes["sample"]) if questions is None else questions)
+    path.write_text(report_html(run, folder, texts, **more), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run of 3 x 5 heads over 400 questions, the eighth of them hostile, and its page."""
+    run = made_run(n=400)
+    questions = asked(400)
+    questions[7] = question("q7", SCRIPT, (SCRIPT, "b", "c", "d"))
+    return run, write_page(tmp_path_factory.mktemp("page"), run, questions)
+
+
+def test_without_a_browser_ci_fails_and_others_skip(monkeypatch):
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install chromium"):
+        find_chromium(["no-such-browser"])
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="expected Debian's chromium"):
+        find_chromium(["no-such-browser"])
+
+
+def test_the_guards_can_fail(browser, tmp_path):
+    bad = tmp_path / "bad.html"
+    bad.write_text('<script src="https://example.org/x.js"></script><script>alert(1)</script>')
+    with opened(browser, bad, wait=False) as seen:
+        pass
+    assert "https://example.org/x.js" in seen.requests
+    assert any("ERR_" in fault for fault in seen.faults)
+    assert "1" in seen.faults
+
+
+def test_every_figure_is_drawn(browser, made):
+    with opened(browser, made[1]) as seen:
+        drawn = seen.page.evaluate(
+            """[...document.querySelectorAll(".map, .chart")].map((e) =>
+                 [e.id || e.dataset.contrast, e.querySelectorAll(".main-svg").length > 0])"""
+        )
+        assert len(drawn) == 2 + 1 + 2 + 2 + 1
+        assert all(there for _, there in drawn), drawn
+
+
+def test_pointing_pinning_and_letting_go(browser, made):
+    run, path = made
+    with opened(browser, path) as seen:
+        page = seen.page
+        assert not page.locator("#samples-body").is_visible()
+        page.mouse.move(*seen.at(1, 3))
+        seen.head_is(1, 3)
+        assert not page.locator("#samples-body").is_visible()
+        page.mouse.click(*seen.at(2, 4, measure=1))
+        seen.head_is(2, 4)
+        assert page.locator("#samples-body").is_visible()
+        values = run["head_resid_contrib_norm"].values[:, 2, 4]
+        first = [int(text) for text in seen.column(1)]
+        assert first == list(np.argsort(-values, kind="stable")[: len(first)])
+        shown = [float(text) for text in seen.column(8)]
+        np.testing.assert_allclose(shown, values[first], rtol=1e-3)
+        page.mouse.move(*seen.at(0, 0))
+        page.wait_for_timeout(100)
+        seen.head_is(2, 4)
+        page.mouse.click(*seen.at(0, 1, measure=1))
+        seen.head_is(0, 1)
+        assert [int(text) for text in seen.column(1)] != first
+        page.locator("#state button").click()
+        assert not page.locator("#samples-body").is_visible()
+        page.mouse.move(*seen.at(1, 1))
+        seen.head_is(1, 1)
+
+
+def test_the_panel_says_what_the_run_says(browser, made):
+    run, path = made
+    with opened(browser, path) as seen:
+        seen.page.mouse.click(*seen.at(1, 2))
+        seen.head_is(1, 2)
+        rows = seen.page.locator("#head-numbers tbody tr").all_inner_texts()
+        for name, row in zip(("head_output_norm", "head_resid_contrib_norm"), rows, strict=True):
+            _, mean, std, rank = row.split("\t")
+            means = run[f"{name}_mean"].values
+            assert float(mean) == pytest.approx(means[1, 2], rel=6e-4)
+            assert float(std) == pytest.approx(run[f"{name}_std"].values[1, 2], rel=6e-3)
+            assert rank == f"{1 + (means > means[1, 2]).sum()} / 15"
+
+
+def test_the_spread_counts_every_question(browser, made):
+    run, path = made
+    with opened(browser, path) as seen:
+        seen.page.mouse.click(*seen.at(1, 2))
+        seen.head_is(1, 2)
+        seen.page.wait_for_timeout(100)
+        right, wrong = seen.page.evaluate(
+            "document.getElementById('spread').data.map((t) => t.y.reduce((a, b) => a + b, 0))"
+        )
+        correct = np.array([bool(x) for x in run["correct"].values])
+        assert (right, wrong) == (correct.sum(), (~correct).sum())
+
+
+def test_sorting_and_finding(browser, made):
+    run, path = made
+    tokens = run["n_tokens"].values
+    with opened(browser, path) as seen:
+        seen.page.mouse.click(*seen.at(0, 0))
+        header = seen.page.locator("#table thead")
+        header.get_by_role("button", name="tokens").click()
+        found = [int(text) for text in seen.column(3)]
+        assert found == sorted(tokens, reverse=True)[: len(found)]
+        assert header.locator("th[aria-sort]").get_attribute("aria-sort") == "descending"
+        header.get_by_role("button", name="tokens").click()
+        assert [int(text) for text in seen.column(3)] == sorted(tokens)[: len(found)]
+        header.get_by_role("button", name="question").click()
+        texts = seen.column(2)
+        assert texts[0] == SCRIPT
+        numbers = [int(text.split()[-1].rstrip("?")) for text in texts[1:]]
+        assert numbers == sorted(numbers), "2 before 10"
+        seen.page.locator("#find").fill("number 39")
+        assert seen.text("#found") == "11 of 400"
+        assert len(seen.column(1)) == 11
+        seen.page.locator("#find").fill("no such thing")
+        assert seen.column(1) == []
+
+
+def test_hostile_text_is_text(browser, made):
+    with opened(browser, made[1]) as seen:
+        page = seen.page
+        before = page.locator("script").count()
+        page.mouse.click(*seen.at(0, 0))
+        page.locator("#find").fill("alert")
+        assert seen.column(2) == [SCRIPT]
+        page.locator("#table tbody button").click()
+        assert SCRIPT in seen.text("#detail")
+        assert f"A. {SCRIPT}" in seen.text("#detail")
+        assert page.locator("script").count() == before
+        assert page.locator("img").count() == 0
+
+
+def test_keyboard(browser, made):
+    with opened(browser, made[1]) as seen:
+        page = seen.page
+        page.locator("#map-0").focus()
+        page.keyboard.press("Home")
+        for _ in range(9):
+            page.keyboard.press("ArrowUp")
+        seen.head_is(0, 0)
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowDown")
+        seen.head_is(1, 1)
+        assert not page.locator("#samples-body").is_visible()
+        outline = "getComputedStyle(document.activeElement).outlineStyle"
+        assert page.evaluate(outline) == "solid", "where the focus is must be seen"
+        page.keyboard.press("Enter")
+        assert page.locator("#samples-body").is_visible()
+        page.wait_for_function(
+            "document.getElementById('announcement').textContent.endsWith('pinned')"
+        )
+        assert seen.text("#announcement").startswith("Layer 1, head 1: ")
+        for _ in range(9):
+            page.keyboard.press("ArrowRight")
+        seen.head_is(1, 4)
+        page.keyboard.press("Escape")
+        assert not page.locator("#samples-body").is_visible()
+        page.locator("#map-1").focus()
+        page.keyboard.press("Enter")
+        assert page.locator("#head-numbers tr.active td").first.get_attribute("title") == (
+            "head_resid_contrib_norm"
+        )
+
+
+def brightness(seen, selector, what):
+    text = seen.page.evaluate(
+        f"getComputedStyle(document.querySelector('{selector}')).{what}.match(/\\d+/g).map(Number)"
+    )
+    return sum(text[:3]) / 3
+
+
+def test_light_and_dark(browser, made):
+    for scheme, other in (("light", "dark"), ("dark", "light")):
+        with opened(browser, made[1], color_scheme=scheme) as seen:
+            for now in (scheme, other, scheme):
+                page, ink = (brightness(seen, "body", w) for w in ("backgroundColor", "color"))
+                label = brightness(seen, "#map-0 .xtick text", "fill")
+                assert (page < 60 < 180 < ink) == (now == "dark")
+                assert (page > 200 > 60 > ink) == (now == "light")
+                assert (label > page) == (now == "dark"), "figures change with the page"
+                seen.page.locator("#theme").click()
+
+
+def test_on_paper(browser, made):
+    """Printed from the dark, the page is dark on light and no control is left."""
+    with opened(browser, made[1], color_scheme="dark") as seen:
+        seen.page.mouse.click(*seen.at(0, 0))
+        seen.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        seen.page.emulate_media(media="print")
+        assert brightness(seen, "body", "color") < 60
+        for selector in ("nav", "#theme", "#scroller"):
+            assert not seen.page.locator(selector).is_visible()
+        assert seen.page.locator("#strongest li").count() == 5
+        seen.page.evaluate("dispatchEvent(new Event('afterprint'))")
+        seen.page.emulate_media(media="screen")
+        assert brightness(seen, "body", "backgroundColor") < 60
+        assert seen.page.pdf()[:5] == b"%PDF-"
+
+
+def test_the_run_s_own_numbers(browser, finished):
+    """A run made by collect: what the page decodes is what load_run gives, head by head."""
+    run = load_run(finished)
+    with opened(browser, finished / "report.html") as seen:
+        names = seen.page.evaluate("headReport.data.measures.map((m) => m.name)")
+        for k, name in enumerate(names):
+            found = np.array(seen.page.evaluate(
+                f"""[...Array(headReport.data.layers).keys()].map((l) =>
+                    [...Array(headReport.data.heads).keys()].map((h) =>
+                        [...headReport.values({k}, l, h)]))"""
+            ))  # fmt: skip
+            wanted = run[name].values.transpose(1, 2, 0).astype(np.float64)
+            step = np.ptp(wanted, axis=2, keepdims=True) / 65534
+            assert (np.abs(found - wanted) <= 0.51 * step).all()
+            assert np.abs(found - wanted).max() <= np.abs(wanted).max() * 2**-11, "float16's own"
+            assert found.sum() == pytest.approx(wanted.sum(), rel=1e-5)
+            assert np.array_equal(found.argsort(2), wanted.argsort(2)) or (step > 0).any()
+
+
+def test_five_thousand_questions_stay_quick(browser, tmp_path):
+    """Only the rows in sight exist, and only heads that were looked at are decoded."""
+    run = made_run(n_layers=4, n_heads=8, n=5000)
+    with opened(browser, write_page(tmp_path, run)) as seen:
+        page = seen.page
+        page.mouse.click(*seen.at(3, 7))
+        seen.head_is(3, 7)
+        assert page.locator("#table tbody tr").count() < 60
+        page.locator("#scroller").evaluate("(e) => { e.scrollTop = e.scrollHeight; }")
+        values = run["head_output_norm"].values[:, 3, 7]
+        last = str(values.argmin())
+        page.wait_for_function(
+            "(n) => [...document.querySelectorAll('#table tbody tr:not(.space)')].at(-1)"
+            "?.firstChild.textContent === n",
+            arg=last,
+        )
+        assert page.locator("#table tbody tr").count() < 60
+        milliseconds = page.evaluate(
+            """async () => {
+                 const frame = () => new Promise(requestAnimationFrame), all = [];
+                 for (let k = 0; k < 8; k++) {
+                   const start = performance.now();
+                   headReport.pin(k % 4, k);
+                   await frame(); await frame();
+                   all.push(performance.now() - start);
+                 }
+                 return all.sort((a, b) => a - b)[4];
+               }"""
+        )
+        assert milliseconds < 1500
+
+
+def test_many_measures(browser, tmp_path):
+    """Six: the first four are open, the rest is drawn when it is asked for."""
+    run = made_run(words={f"measure_{i}": (f"m_{i}", "unit") for i in range(6)})
+    with opened(browser, write_page(tmp_path, run)) as seen:
+        page = seen.page
+        drawn = "document.querySelectorAll('[data-layers] .main-svg:first-child').length"
+        assert page.evaluate(drawn) == 4
+        page.locator("#layers details.more summary").click()
+        page.wait_for_function(f"{drawn} === 6")
+        page.mouse.click(*seen.at(2, 1, measure=5))
+        seen.head_is(2, 1)
+        assert seen.text("#head-numbers tr.active td:first-child") == "m5"
+        assert page.locator("#head-numbers tr.active").bounding_box() is not None
+
+
+def test_scores_of_studies(browser, tmp_path):
+    """With the head that has them; a head that no study looked at shows none."""
+    run = made_run()
+    meta = {key: run.attrs[key] for key in ("model", "dataset")}
+    folder = tmp_path / "ablation_1"
+    folder.mkdir()
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "summary.md").write_text("found")
+    pd.DataFrame(
+        {"method": ["zero"], "layer": [2], "head": [4], "accuracy_drop": [0.25], "loss_delta": [-3]}
+    ).to_parquet(folder / "ablation.parquet")
+    mine = tmp_path / "run_1"
+    mine.mkdir()
+    with opened(browser, write_page(mine, run)) as seen:
+        seen.page.mouse.click(*seen.at(2, 4))
+        seen.head_is(2, 4)
+        assert "zero: accuracy lost (share)\t0.250" in seen.text("#head-scores")
+        assert "zero: loss added (nats)\t−3.00" in seen.text("#head-scores")
+        seen.page.mouse.click(*seen.at(2, 3))
+        seen.head_is(2, 3)
+        assert seen.text("#head-scores") == ""
+        link = seen.page.locator("#beside a", has_text="summary.md")
+        assert link.evaluate("(a) => a.href") == (folder / "summary.md").as_uri()
+
+
+ODD = {
+    "one head": {"n_layers": 1, "n_heads": 1, "n": 1},
+    "a hundred layers": {"n_layers": 100, "n_heads": 3, "n": 9},
+    "no values per sample": {"per_sample": False},
+    "not scored": {"right": False},
+    "all wrong": {"right": np.zeros(40, bool)},
+    "a missing layer": {"missing": (1,), "missing_layers": [1]},
+    "nothing at all": {"missing": (0, 1, 2), "missing_layers": [0, 1, 2]},
+    "negative values": {"words": {"x": ("x", "")}},
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_runs(browser, tmp_path, kind):
+    run = made_run(**ODD[kind])
+    if kind == "negative values":
+        run["x_mean"] -= 1
+        run["x"] -= 1
+    with opened(browser, write_page(tmp_path, run)) as seen:
+        seen.page.mouse.click(*seen.at(run.sizes["layer"] - 1, 0))
+        seen.head_is(run.sizes["layer"] - 1, 0)
+        there = seen.page.locator("#samples-body").count()
+        assert there == (0 if kind == "no values per sample" else 1)
+        if kind == "a missing layer":
+            seen.page.mouse.click(*seen.at(1, 2))
+            seen.head_is(1, 2)
+            assert "no data" in seen.text("#head-numbers")
+            assert seen.column(6)[0] in ("right", "wrong")
+            assert seen.column(7)[0] == "–"
+            assert "grey: no data" in seen.text("#map-0")
+        for choice in ("rank", "share", "mean"):
+            seen.page.locator("#shade").select_option(choice)
+        seen.page.locator("#theme").click()

@@ -1,0 +1,61 @@
+"""The README's table of families and engines is what the command writes."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+from tl_headnorm.engine.families import has_hooked
+from tl_headnorm.oracle import agreement, hugging_face
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def found():
+    return agreement.measure()
+
+
+def rows(text):
+    """family -> cells of the columns hooked and bridge."""
+    lines = re.findall(r"^\| (\w+) \| \w+ \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    return {family: cells for family, *cells in lines if family != "family"}
+
+
+def test_every_family_agrees_on_every_engine(found):
+    assert all(0 < value < TOLERANCE for row in found.values() for value in row.values())
+    assert all("bridge" in row for row in found.values())
+    if has_hooked():
+        assert [family for family, row in found.items() if "hooked" not in row] == ["gemma2"]
+
+
+def test_the_table_holds_what_was_found(found):
+    cells = rows(agreement.table(found))
+    assert set(cells) == set(found)
+    for family, by_engine in found.items():
+        for engine, cell in zip(agreement.ENGINES, cells[family], strict=True):
+            expected = f"{by_engine[engine]:.1e}" if engine in by_engine else "–"
+            assert cell == expected
+
+
+@pytest.mark.skipif(not has_hooked(), reason="the README's table is that of transformer-lens 3.9")
+def test_the_readme_shows_it(found):
+    """Within an order of magnitude: the last digits are the processor's."""
+    written = rows((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert set(written) == set(found)
+    for family, cells in written.items():
+        for engine, cell in zip(agreement.ENGINES, cells, strict=True):
+            assert (cell == "–") == (engine not in found[family])
+            if cell != "–":
+                assert float(cell) / 10 < found[family][engine] < float(cell) * 10
+
+
+def test_the_command_asks_for_its_flag(capsys):
+    assert hugging_face.main([]) == 2
+    assert "--table" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_table(capsys, monkeypatch):
+    monkeypatch.setattr(agreement, "measure", lambda: {"gemma2": {"bridge": 4.4e-7}})
+    assert hugging_face.main(["--table"]) == 0
+    assert "| gemma2 | Gemma2ForCausalLM | – | 4.4e-07 |" in capsys.readouterr().out

@@ -1,1 +1,0 @@
-"""The same prompts, or the same study, through several programs in turn."""

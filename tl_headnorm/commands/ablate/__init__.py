@@ -1,0 +1,1 @@
+"""`ablate`: heads or MLPs removed."""

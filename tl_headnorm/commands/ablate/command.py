@@ -1,0 +1,218 @@
+"""What `ablate` does, from settings to files, and what the studies' commands share."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from tl_headnorm.commands.ablate import ablate
+from tl_headnorm.commands.ablate import plots as figures_ablation
+from tl_headnorm.commands.ablate.settings import AblateSettings
+from tl_headnorm.data.prepare import prepare
+from tl_headnorm.data.texts import Texts, windows
+from tl_headnorm.interventions.runner import Options
+from tl_headnorm.model.loading import Model
+from tl_headnorm.run.files import write_json, write_text
+from tl_headnorm.run.loading import run_dir, say
+from tl_headnorm.run.study import open_study, record, save_npz, save_table, text_length
+
+MOST_SETS = 20  # named one by one in a summary
+
+
+def _question_data(
+    model: Model, questions: Any, settings: AblateSettings
+) -> tuple[ablate.Data, dict[str, Any]]:
+    kept = min(settings.reference_samples, len(questions) // 2)
+    chosen = questions[: len(questions) - kept]
+    chosen = chosen if settings.max_samples < 0 else chosen[: settings.max_samples]
+    scored = settings.updated(score_answers=True)
+    prepared = prepare(model.tokenizer, model.n_ctx, chosen, scored)
+    encoded = prepared.encoded
+    if kept:
+        rest = questions[len(questions) - kept :]
+        encoded = prepare(model.tokenizer, model.n_ctx, rest, scored).encoded
+    data = ablate.Data(prepared.encoded, encoded, [q.answer for q in chosen])
+    return data, prepared.record
+
+
+def _text_data(model: Model, texts: Texts, settings: AblateSettings) -> ablate.Data:
+    most = settings.max_texts + settings.reference_samples
+    rows = windows(
+        texts, model.tokenizer, length=text_length(settings, model), most=most,
+        prepend_bos=settings.prepend_bos,
+    )  # fmt: skip
+    return ablate.split_reference(rows, settings.reference_samples, settings.max_texts)
+
+
+def run_ablate(settings: AblateSettings) -> Path:
+    """Remove heads and MLPs, write tables, arrays, figures and a summary; the directory."""
+    with run_dir(settings.output_dir, settings.experiment_name) as path:
+        _ablate(settings, path)
+    return path
+
+
+def _ablate(settings: AblateSettings, path: Path) -> None:
+    started = time.time()
+    model, questions, texts = open_study(settings)
+    found: dict[str, xr.Dataset] = {}
+    prepared: dict[str, Any] = {}
+    reference: dict[str, str] = {}
+    timed = None
+    if questions is not None:
+        data, prepared = _question_data(model, questions, settings)
+        found["questions"] = ablate.ablate(model, data, settings, progress=True)
+        reference["questions"] = _origin(data, settings)
+        timed = _timed(model, data, settings)
+    if texts is not None:
+        data = _text_data(model, texts, settings)
+        found["texts"] = ablate.ablate(model, data, settings, progress=True)
+        reference["texts"] = _origin(data, settings)
+    main = next(iter(found.values()))
+    table = ablate.effects_table(main)
+    write_json(path / "config.json", settings.as_dict())
+    save_table(table, path / "ablation.parquet")
+    save_npz(main, path / "per_sample.npz")
+    if "texts" in found:
+        save_table(perplexity_table(found["texts"]), path / "perplexity.parquet")
+    if settings.profile:
+        save_table(profile_table(main), path / "profile.parquet")
+    title = f"{Path(model.info.source).name} · n={main.sizes['sample']:,}"
+    for column in ("accuracy_drop", "loss_delta"):
+        figures_ablation.save_sweep(table, column, path / f"sweep_{column}", title)
+        figures_ablation.save_sets(table, column, path / f"sets_{column}", title)
+    num_tokens = int(main["n_tokens"].sum())
+    meta = record(model, settings, texts, prepared, started, num_tokens, len(table)) | {
+        "num_processed": main.sizes["sample"],
+        "loss_of": main.attrs["loss_of"],
+        "answer_scoring": "letter, softmax over the options' letters" if questions else None,
+        "accuracy": None if questions is None else float(main["accuracy"][0]),
+        "reference": reference,
+        "sharing": timed,
+    }
+    text = summarise(table, meta, found.get("texts"))
+    write_text(path / "summary.md", text)
+    write_json(path / "meta.json", meta)
+    say(text)
+
+
+def _timed(model: Model, data: ablate.Data, settings: AblateSettings) -> dict[str, float] | None:
+    """The sweep's speed against the plain way, where it is asked for."""
+    if not settings.time_sharing or data.answers is None:
+        return None
+    options = Options(settings.batch_size, settings.max_batch_tokens, settings.padding_side)
+    chosen = data.samples[: settings.time_sharing]
+    return ablate.sharing_ratio(model, chosen, data.answers, options)
+
+
+def _origin(data: ablate.Data, settings: AblateSettings) -> str:
+    if set(settings.methods) == {"zero"}:
+        return "none: zero needs no reference"
+    if data.reference is data.samples:
+        return "the same samples that are evaluated"
+    return f"{len(data.reference)} other samples, none of them evaluated"
+
+
+def perplexity_table(result: xr.Dataset) -> pd.DataFrame:
+    """perplexity.parquet: a row per set and method, on the texts."""
+    table = ablate.effects_table(result)[["set", "method", "layer", "head"]]
+    table["n_tokens"] = int((result["n_tokens"] - 1).sum())
+    table["loss"] = result["mean_loss"].values
+    table["perplexity"] = result["perplexity"].values
+    table["perplexity_ratio"] = table["perplexity"] / table["perplexity"].iloc[0]
+    table["kl"] = result["mean_kl"].values
+    return table
+
+
+def profile_table(result: xr.Dataset) -> pd.DataFrame:
+    """profile.parquet: the largest activations after every block, a row per set and block."""
+    names = ("top1", "top2", "top3", "median")
+    values = {name: result[f"profile_{name}"].mean("sample").values for name in names}
+    n_sets, n_blocks = values["top1"].shape
+    table = pd.DataFrame(
+        {
+            "set": np.repeat([str(s) for s in result["set"].values], n_blocks),
+            "method": np.repeat([str(m) for m in result["method"].values], n_blocks),
+            "block": np.tile(np.arange(n_blocks), n_sets),
+        }
+    )
+    for name, grid in values.items():
+        table[name] = grid.ravel()
+    return table
+
+
+def summarise(table: pd.DataFrame, meta: Mapping[str, Any], texts: xr.Dataset | None) -> str:
+    """summary.md of an ablation: plain sentences with the numbers in them."""
+    clean, rest = table.iloc[0], table.iloc[1:]
+    answers = meta["accuracy"] is not None
+    lines = ["# Ablation", ""]
+    source = Path(meta["model"]["source"]).name
+    if answers:
+        lines.append(
+            f"{source} answers {clean['accuracy']:.1%} of {clean['n_samples']:,} questions (by "
+            f"letter), with an answer loss of {clean['loss']:.3f} nats."
+        )
+    else:
+        lines.append(
+            f"{source} predicts {clean['n_samples']:,} windows of text with a loss of "
+            f"{clean['loss']:.4f} nats per token."
+        )
+    for method, rows in rest.groupby("method", sort=False):
+        lines += ["", *_method_lines(str(method), rows, answers)]
+    for name, origin in meta["reference"].items():
+        lines += ["", f"Replacements for the {name} come from: {origin}."]
+    if texts is not None:
+        values = texts["perplexity"].values
+        worst = int(np.nanargmax(values))
+        lines += [
+            "",
+            f"Perplexity on the text is {values[0]:.2f} clean; it is highest, {values[worst]:.2f}, "
+            f"with {texts['set'].values[worst]} changed ({texts['method'].values[worst]}).",
+        ]
+    if meta["sharing"] is not None:
+        timed = meta["sharing"]
+        lines += [
+            "",
+            f"Timed on {timed['n_samples']:.0f} questions and {timed['n_heads']:.0f} heads: one "
+            f"full forward per head and question takes {timed['full_seconds']:.1f} s, the shared "
+            f"sweep {timed['shared_seconds']:.1f} s, {timed['ratio']:.1f} times less; the losses "
+            f"differ by at most {timed['worst_loss_difference']:.1g} nats.",
+        ]
+    lines += [
+        "",
+        "A head whose removal costs nothing may still do its work where another one takes over; "
+        "sets removed together show that, single heads do not.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _method_lines(method: str, rows: pd.DataFrame, answers: bool) -> list[str]:
+    """What one method shows: of the single heads, and of the larger sets."""
+    column, unit = ("accuracy_drop", 100.0) if answers else ("loss_delta", 1.0)
+    what = "points of accuracy" if answers else "nats of loss"
+    single, sets = rows[rows["head"] >= 0], rows[rows["head"] < 0]
+    lines = []
+    if len(single) > 1:
+        ordered = single.sort_values(column, ascending=False)
+        costly = ", ".join(
+            f"{row['layer']}.{row['head']} ({unit * row[column]:.3g})"
+            for row in ordered.head(5).to_dict("records")
+        )
+        lines.append(f"By {method}, one head at a time: the most costly are {costly} {what}.")
+        if answers:
+            lines.append(
+                f"{(single[column] > 0.2).sum()} of {len(single)} heads cost more than 20 points; "
+                f"{(single[column] <= 0).sum()} cost none."
+            )
+    else:
+        sets = rows
+    for row in sets.head(MOST_SETS).to_dict("records"):
+        lost = f"{100 * row['accuracy_drop']:.3g} points of accuracy lost, " if answers else ""
+        effect = f"loss {row['loss_delta']:+.3g} nats, KL {row['kl']:.3g}"
+        lines.append(f"- {row['set']} ({method}): {lost}{effect}")
+    if len(sets) > MOST_SETS:
+        lines.append(f"- and {len(sets) - MOST_SETS} more, in ablation.parquet")
+    return lines

@@ -1,0 +1,309 @@
+"""Every method over a set of questions or texts: per-sample scores, their moments, their faults."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm.auto import tqdm
+
+from tl_headnorm.commands.attribute.gated_loss import Engine, batches, bundles
+from tl_headnorm.commands.attribute.leave_one_out import loo, shapley
+from tl_headnorm.commands.attribute.losses import (
+    Item,
+    corrupted_items,
+    make_loss,
+    question_items,
+    text_file_items,
+)
+from tl_headnorm.commands.attribute.methods import (
+    COMPLETE,
+    GRADIENT_METHODS,
+    USEFUL_SIGN,
+    Context,
+    Scores,
+)
+from tl_headnorm.commands.attribute.rollout import token_scores
+from tl_headnorm.commands.attribute.settings import AttributeSettings, expand_methods
+from tl_headnorm.data.questions import Question
+from tl_headnorm.errors import InputError
+from tl_headnorm.interventions.gates import Base
+from tl_headnorm.model.loading import Model
+from tl_headnorm.run import results
+
+HEAD_METHODS = {**GRADIENT_METHODS, "shapley": shapley, "loo": loo}
+
+
+@dataclass
+class _Kept:
+    """One method's per-sample values as the batches come in."""
+
+    values: np.ndarray
+    error: np.ndarray
+    relative: np.ndarray
+    steps: np.ndarray
+    noise: np.ndarray
+
+
+@dataclass
+class Job:
+    """Items, groups and the engine of one run; what `attribute` and the validation share."""
+
+    engine: Engine
+    items: list[Item]
+    questions: Sequence[Question]
+    settings: AttributeSettings
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[str]:
+        if self.settings.loss == "lm":
+            return [str(item.index) for item in self.items]
+        return [question.id for question in self.questions]
+
+    def groups(self) -> list[str] | None:
+        """Every sample's group: its dataset, or a field of the question; None where not asked."""
+        name = "dataset" if self.settings.datasets else self.settings.group_by
+        if name is None:
+            return None
+        missing = [q.id for q in self.questions if name not in q.meta]
+        if missing:
+            known = sorted({key for q in self.questions for key in q.meta} - {"source"})
+            raise InputError(
+                f"group_by: expected the field {name!r} in every question, found none in "
+                f"{len(missing)} of {len(self.questions)} (first: {missing[0]}); fields there: "
+                f"{', '.join(known) or 'none'}"
+            )
+        return [str(q.meta[name]) for q in self.questions]
+
+
+def open_job(model: Model, questions: Sequence[Question], settings: AttributeSettings) -> Job:
+    """Tokenise and set up the loss. Raises InputError for what cannot be run."""
+    loss = make_loss(settings.loss)
+    engine = Engine(model, loss, bound=settings.max_batch_tokens, side=settings.padding_side)
+    if settings.loss == "lm":
+        items = text_file_items(model, settings)
+        record: dict[str, Any] = {"num_tokens": sum(map(len, items)), "texts": settings.texts}
+    else:
+        items, prepared = question_items(model, questions, settings)
+        record = prepared.record
+    return Job(engine, items, questions, settings, record)
+
+
+def mean_z(engine: Engine, items: Sequence[Item], batch_size: int) -> Base:
+    """Every head's mean z over all real positions of all samples, [1, 1, head, d_head]."""
+    totals: dict[int, torch.Tensor] = {}
+    count = 0.0
+    for batch in batches(engine, items, batch_size):
+        z, mask = engine.z(batch)
+        count += float(mask.sum())
+        for layer, value in z.items():
+            kept = torch.where(mask.bool()[:, :, None, None], value.to(engine.dtype), 0)
+            totals[layer] = totals.get(layer, 0) + kept.sum((0, 1))
+    return {layer: (total / count)[None, None] for layer, total in totals.items()}
+
+
+def corrupted_z(engine: Engine, items: Sequence[Item], others: Sequence[Item]) -> Base:
+    """z of the other prompts where it meets the originals, both aligned at their last tokens.
+
+    Positions without a counterpart keep their own z, so that nothing is patched there.
+    """
+    own, mask = engine.z(items)
+    theirs, other_mask = engine.z(others)
+    base = {layer: value.clone() for layer, value in own.items()}
+    for row in range(len(items)):
+        here, there = mask[row].nonzero()[:, 0], other_mask[row].nonzero()[:, 0]
+        n = min(len(here), len(there))
+        for layer, value in base.items():
+            value[row, here[-n:]] = theirs[layer][row, there[-n:]]
+    return base
+
+
+def run_methods(job: Job, methods: Sequence[str], *, progress: bool = False) -> dict[str, _Kept]:
+    """Per-sample scores of the methods, in dataset order."""
+    engine, items, settings = job.engine, job.items, job.settings
+    methods = [method for method in methods if method in HEAD_METHODS]
+    shape = (len(items), engine.n_layers, engine.n_heads)
+    kept = {method: _empty(shape) for method in methods}
+    mean = None
+    if "atp_mean" in methods or settings.baseline == "mean":
+        mean = mean_z(engine, items, settings.batch_size)
+    others = _others(job) if "atp_corrupted" in methods else None
+    bar = tqdm(total=len(items), unit="sample", disable=not progress, desc="attribute")
+    place = {item.index: row for row, item in enumerate(items)}
+    with bar:
+        for number, bundle in enumerate(bundles(engine, items, settings.batch_size)):
+            rows = [place[item.index] for item in bundle.items]
+            context = Context(engine, bundle, settings, mean, seed=number)
+            if others is not None:
+                context.corrupted = corrupted_z(engine, bundle.items, [others[r] for r in rows])
+            for method in methods:
+                _store(kept[method], rows, HEAD_METHODS[method](context), method, job)
+            bar.update(len(bundle))
+    return kept
+
+
+def _others(job: Job) -> list[Item]:
+    return corrupted_items(job.engine.model, job.items, job.questions, job.settings)
+
+
+def _empty(shape: tuple[int, ...]) -> _Kept:
+    nan = np.full(shape[0], np.nan)
+    steps = np.zeros(shape[0], dtype=np.int64)
+    return _Kept(np.full(shape, np.nan), nan.copy(), nan.copy(), steps, np.zeros(shape[1:]))
+
+
+def _store(kept: _Kept, rows: list[int], found: Scores, method: str, job: Job) -> None:
+    values = found.values
+    if not np.isfinite(values).all():
+        row, layer, head = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        raise InputError(
+            f"{method}: expected finite scores, found {values[row, layer, head]} at layer {layer}, "
+            f"head {head} of sample {job.ids[rows[row]]}; try --dtype fp32, or check the weights"
+        )
+    if method == "michel" and job.settings.michel_normalise:
+        norms = np.linalg.norm(values, axis=2, keepdims=True)
+        values = values / np.where(norms > 0, norms, 1)
+    kept.values[rows], kept.error[rows] = values, found.error
+    kept.relative[rows] = found.error / np.maximum(found.scale, 1e-12)
+    kept.steps[rows] = found.steps
+    kept.noise += np.nan if found.noise is None else found.noise
+
+
+def attribute(
+    model: Model,
+    questions: Sequence[Question] = (),
+    settings: AttributeSettings | None = None,
+    *,
+    progress: bool = True,
+    **overrides: Any,
+) -> xr.Dataset:
+    """Score every head of every sample with every method of the settings.
+
+    Returns a Dataset with dims (method, sample, layer, head): `score`, its `mean`, `std` (ddof 1)
+    and `stderr` over samples, `sampling_stderr` of the mean where a method draws at random,
+    `completeness_error` and `completeness_relative` per sample, `steps`. The loss is positive, so
+    a useful head has a negative score, except where `useful_sign` is +1 (michel, atp_*).
+    """
+    settings = cast(AttributeSettings, (settings or AttributeSettings()).updated(**overrides))
+    started_at, clock = results.now(), time.perf_counter()
+    job = open_job(model, questions, settings)
+    groups = job.groups()
+    methods = expand_methods(settings.methods)
+    run = _dataset(run_methods(job, methods, progress=progress), job, groups)
+    run.attrs |= {
+        "num_processed": len(job.items),
+        **job.record,
+        "model": model.info.as_dict(),
+        "loss": settings.loss,
+        "methods": list(methods),
+        "completeness_error": _completeness(run),
+        "versions": results.versions(),
+        "git_commit": results.git_commit(),
+        "wall_seconds": round(time.perf_counter() - clock, 3),
+        "peak_memory_bytes": results.peak_memory_bytes(model.device.type),
+        "seed": settings.seed,
+        "started_at": started_at,
+        "settings": settings.as_dict(),
+        "finished_at": results.now(),
+    }
+    if "rollout" in methods:
+        run.attrs["rollout"] = rollout_tokens(job)
+    _warn_incomplete(run, settings.tolerance)
+    return run
+
+
+def _dataset(kept: dict[str, _Kept], job: Job, groups: list[str] | None) -> xr.Dataset:
+    methods, n = list(kept), len(job.items)
+    shape = (0, n, job.engine.n_layers, job.engine.n_heads)
+    score = np.stack([k.values for k in kept.values()]) if kept else np.empty(shape)
+    std = score.std(1, ddof=1) if n > 1 else np.full((len(kept), *shape[2:]), np.nan)
+    noise = np.sqrt([k.noise for k in kept.values()]) / n if kept else std
+    heads, samples = ("method", "layer", "head"), ("method", "sample")
+
+    def column(name: str) -> Any:
+        return (samples, np.stack([getattr(k, name) for k in kept.values()]) if kept
+                else np.empty((0, n)))  # fmt: skip
+
+    return xr.Dataset(
+        {
+            "score": (("method", "sample", "layer", "head"), score),
+            "mean": (heads, score.mean(1)),
+            "std": (heads, std),
+            "stderr": (heads, std / np.sqrt(n)),
+            "sampling_stderr": (heads, np.asarray(noise)),
+            "completeness_error": column("error"),
+            "completeness_relative": column("relative"),
+            "steps": column("steps"),
+            "useful_sign": ("method", np.array([USEFUL_SIGN.get(m, -1) for m in methods], int)),
+        },
+        coords={
+            "method": np.array(methods, dtype=object),
+            "layer": np.arange(shape[2]),
+            "head": np.arange(shape[3]),
+            "sample": np.arange(n),
+            "sample_id": ("sample", np.array(job.ids, dtype=object)),
+            "group": ("sample", np.array(groups or [""] * n, dtype=object)),
+        },
+    )
+
+
+def _completeness(run: xr.Dataset) -> dict[str, Any]:
+    """Per method: worst and mean over samples, absolute and relative; None: it promises no sum."""
+    report: dict[str, Any] = {}
+    for method in run["method"].values:
+        absolute = run["completeness_error"].loc[{"method": method}].values
+        relative = run["completeness_relative"].loc[{"method": method}].values
+        if np.isnan(absolute).all():
+            report[method] = None
+            continue
+        report[method] = {
+            "worst_absolute": float(absolute.max()),
+            "mean_absolute": float(absolute.mean()),
+            "worst_relative": float(relative.max()),
+            "mean_relative": float(relative.mean()),
+            "promised": method in COMPLETE,
+            "steps_most": int(run["steps"].loc[{"method": method}].max()),
+        }
+    return report
+
+
+def over_tolerance(run: xr.Dataset, tolerance: float) -> dict[str, int]:
+    """How many samples of each method that promises a sum miss it by more than the tolerance."""
+    relative = run["completeness_relative"]
+    counts = {m: int((relative.loc[{"method": m}] > tolerance).sum()) for m in run["method"].values}
+    return {method: n for method, n in counts.items() if n and method in COMPLETE}
+
+
+def _warn_incomplete(run: xr.Dataset, tolerance: float) -> None:
+    for method, n in over_tolerance(run, tolerance).items():
+        worst = run.attrs["completeness_error"][method]["worst_relative"]
+        warnings.warn(
+            f"{method}: the scores of {n} of {run.sizes['sample']} samples do not sum to the "
+            f"loss difference within {tolerance:g} (worst {worst:.2g}); raise --max_steps, or use "
+            "--dtype fp32",
+            stacklevel=3,
+        )
+
+
+def rollout_tokens(job: Job) -> list[np.ndarray]:
+    """Rollout of every sample's last token over its tokens, in dataset order."""
+    place = {item.index: row for row, item in enumerate(job.items)}
+    found: list[Any] = [None] * len(job.items)
+    for bundle in bundles(job.engine, job.items, job.settings.batch_size):
+        for item, scores in zip(bundle.items, token_scores(job.engine, bundle), strict=True):
+            found[place[item.index]] = scores.double().numpy()
+    return found
+
+
+def importance(run: xr.Dataset) -> dict[str, np.ndarray]:
+    """Mean usefulness [layer, head] per method, larger is more useful."""
+    signs = run["useful_sign"].values
+    return {
+        method: sign * run["mean"].loc[{"method": method}].values
+        for method, sign in zip(run["method"].values, signs, strict=True)
+    }

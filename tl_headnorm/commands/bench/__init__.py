@@ -1,0 +1,1 @@
+"""`bench`: throughput side by side."""

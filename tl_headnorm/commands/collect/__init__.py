@@ -1,0 +1,1 @@
+"""`collect`: every head over a dataset."""

@@ -1,0 +1,1 @@
+"""`evaluate`: accuracy by letter or by option text."""

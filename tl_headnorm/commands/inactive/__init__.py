@@ -1,0 +1,1 @@
+"""`inactive`: heads a model can do without."""

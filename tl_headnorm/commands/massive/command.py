@@ -1,0 +1,186 @@
+"""What `massive` does, from settings to files."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from tl_headnorm.commands.massive import massive
+from tl_headnorm.commands.massive import plots as figures_massive
+from tl_headnorm.commands.massive.settings import MassiveSettings
+from tl_headnorm.data.prepare import prepare
+from tl_headnorm.data.texts import Texts, windows
+from tl_headnorm.interventions.heads import as_file
+from tl_headnorm.model.loading import Model
+from tl_headnorm.run.files import write_json, write_text
+from tl_headnorm.run.loading import run_dir, say
+from tl_headnorm.run.study import open_study, record, save_npz, save_table, text_length
+
+
+def run_massive(settings: MassiveSettings) -> Path:
+    """Study massive activations, write tables, arrays, figures and a summary; the directory."""
+    with run_dir(settings.output_dir, settings.experiment_name) as path:
+        _massive(settings, path)
+    return path
+
+
+def _massive_inputs(
+    model: Model, questions: Any, texts: Texts | None, settings: MassiveSettings
+) -> tuple[massive.Inputs, dict[str, Any]]:
+    prepared: dict[str, Any] = {}
+    prompts: list[Any] = []
+    answers: list[int] = []
+    if questions is not None:
+        chosen = questions if settings.max_samples < 0 else questions[: settings.max_samples]
+        made = prepare(model.tokenizer, model.n_ctx, chosen, settings.updated(score_answers=True))
+        prompts, prepared, answers = made.encoded, made.record, [q.answer for q in chosen]
+    has_bos = model.tokenizer.bos_token_id is not None
+    if texts is None:
+        samples = prompts[: settings.max_texts]
+        other = (
+            [
+                replace(
+                    s,
+                    ids=s.ids[1:]
+                    if settings.prepend_bos
+                    else (model.tokenizer.bos_token_id, *s.ids),
+                )
+                for s in samples
+            ]
+            if has_bos
+            else []
+        )
+        return massive.Inputs(samples, other, answers=answers, texts=False), prepared
+    both = [
+        windows(
+            texts, model.tokenizer, length=text_length(settings, model), most=settings.max_texts,
+            prepend_bos=bos,
+        )
+        for bos in ([settings.prepend_bos, not settings.prepend_bos] if has_bos else [False])
+    ]  # fmt: skip
+    other = both[1] if has_bos else []
+    return massive.Inputs(both[0], other, prompts, answers), prepared
+
+
+def _massive(settings: MassiveSettings, path: Path) -> None:
+    started = time.time()
+    model, questions, texts = open_study(settings)
+    inputs, prepared = _massive_inputs(model, questions, texts, settings)
+    run = massive.study_massive(model, inputs, settings, progress=True)
+    write_json(path / "config.json", settings.as_dict())
+    save_table(massive.layers_table(run), path / "layers.parquet")
+    save_table(massive.heads_table(run), path / "heads.parquet")
+    save_table(_entries(run, model), path / "dims.parquet")
+    save_table(_sets(run), path / "sets.parquet")
+    if len(inputs.other_bos):
+        save_table(massive.layers_table(run, "other_bos_"), path / "layers_other_bos.parquet")
+    save_npz(run, path / "arrays.npz")
+    for name, heads in run.attrs["pruned"].items():
+        write_json(path / f"{name.split()[0]}_heads.json", as_file(heads))
+    title = f"{Path(model.info.source).name} · n={len(inputs.samples)}"
+    tokens = [model.tokenizer.decode([i]) for i in run.attrs["picture_ids"]]
+    figures_massive.save_curve(run, path / "layers", title)
+    figures_massive.save_pruning(run, path / "pruning", title)
+    figures_massive.save_makers(run, path / "makers", title)
+    figures_massive.save_layer_sweep(run, path / "layer_sweep", title)
+    figures_massive.save_ranking(run, path / "heads", title)
+    figures_massive.save_pictures(run, tokens, path / "token_by_dimension", title)
+    num_tokens = sum(len(sample) for sample in inputs.samples)
+    runs = run.sizes["set"]
+    meta = record(model, settings, texts, prepared, started, num_tokens, runs) | {
+        "accuracy": float(run["accuracy"][0]) if "accuracy" in run else None,
+        "num_tokens": num_tokens,
+        "num_processed": len(inputs.samples),
+        "least": settings.least,
+        "ratio": settings.ratio,
+        **{
+            k: run.attrs[k]
+            for k in ("set_layer", "picture_layer", "massive_position", "has_massive")
+        },
+    }
+    text = describe_massive(run, meta)
+    write_text(path / "summary.md", text)
+    write_json(path / "meta.json", meta)
+    say(text)
+
+
+def _entries(run: xr.Dataset, model: Model) -> pd.DataFrame:
+    """dims.parquet: the massive dimensions, and the token they stand on."""
+    names = [str(n) for n in run.data_vars if str(n).startswith("entry_")]
+    table = pd.DataFrame({n.removeprefix("entry_"): run[n].values for n in names})
+    table["token"] = [model.tokenizer.decode([int(i)]) for i in table["token_id"]]
+    return table
+
+
+def _sets(run: xr.Dataset) -> pd.DataFrame:
+    """sets.parquet: loss, perplexity and accuracy (where taken) of every changed run."""
+    names = [n for n in ("loss", "perplexity", "accuracy") if n in run]
+    columns = {n: run[n].values for n in names}
+    return pd.DataFrame({"set": [str(s) for s in run["set"].values], **columns})
+
+
+def describe_massive(run: xr.Dataset, meta: Mapping[str, Any]) -> str:
+    """summary.md of massive activations: plain sentences with the numbers in them."""
+    at = int(run["ratio"].values.argmax())
+    lines = [
+        "# Massive activations",
+        "",
+        f"Over {meta['num_processed']} sequences the largest activation stands out most after "
+        f"layer {at}: {float(run['top1'][at]):.4g}, {float(run['ratio'][at]):.4g} times the "
+        f"median, most often at position {int(run['top1_pos'][at])} in dimension "
+        f"{int(run['top1_dim'][at])}.",
+        "",
+    ]
+    if meta["has_massive"]:
+        dims = sorted({int(d) for d in run["entry_dim"].values})
+        layers = run["entry_layer"].values
+        lines.append(
+            f"Above {meta['least']:g} and {meta['ratio']:g} times the median: dimensions "
+            f"{', '.join(map(str, dims))}, in layers {layers.min()} to {layers.max()}."
+        )
+    else:
+        lines.append(
+            f"No activation is above {meta['least']:g} and {meta['ratio']:g} times the median: by "
+            "these thresholds the model has no massive activations. Where they are set to zero "
+            "below, the largest one of each sequence is taken instead."
+        )
+    if "other_bos_top1" in run:
+        said, dims = ("without", run.attrs["other_bos_massive_dims"])
+        said = said if meta["prepend_bos"] else "with"
+        lines += ["", f"{said.capitalize()} BOS the largest after layer {at} is "
+                  f"{float(run['other_bos_top1'][at]):.4g}; massive dimensions: "
+                  f"{', '.join(map(str, dims)) or 'none'}."]  # fmt: skip
+    lines += ["", *_head_lines(run, meta), "", *_prune_lines(run, at), ""]
+    for row in _sets(run).to_dict("records"):
+        name = str(row["set"])
+        if not massive.is_layer_sweep(name):
+            shown = [k for k in ("perplexity", "accuracy", "loss") if k in row]
+            lines.append(f"- {name}: " + ", ".join(f"{k} {row[k]:.4g}" for k in shown))
+    return "\n".join(lines) + "\n"
+
+
+def _head_lines(run: xr.Dataset, meta: Mapping[str, Any]) -> list[str]:
+    weights, sizes = run["first_token_weight"].values, run["head_resid_contrib_norm"].values
+    layer, head = np.unravel_index(weights.argmax(), weights.shape)
+    return [
+        f"Head {layer}.{head} attends most to position {meta['massive_position']}: "
+        f"{weights.max():.3f}, where a uniform head has {float(run['uniform_weight']):.3f}; it "
+        f"adds a vector of norm {sizes[layer, head]:.3g}, the heads' median being "
+        f"{np.median(sizes):.3g}. top_heads.json and bottom_heads.json hold the two ends of the "
+        "ranking, for `ablate --heads`."
+    ]
+
+
+def _prune_lines(run: xr.Dataset, layer: int) -> list[str]:
+    noise = float(run["noise_percent"][layer])
+    return [
+        f"Without the {name} the largest activation after layer {layer} changes by "
+        f"{float(run['change_percent'].sel(set=name)[layer]):+.3g} % (the data type's own step "
+        f"there is {noise:.2g} %)."
+        for name in run.attrs["pruned"]
+    ]

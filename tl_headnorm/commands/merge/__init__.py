@@ -1,0 +1,1 @@
+"""`merge`: runs of parts of a dataset."""

@@ -1,0 +1,1 @@
+"""`validate`: against Hugging Face."""

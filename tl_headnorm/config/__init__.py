@@ -1,1 +1,0 @@
-"""The settings of every command: dataclasses that give flags, YAML keys, types and help."""

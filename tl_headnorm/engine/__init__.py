@@ -1,0 +1,1 @@
+"""All that knows TransformerLens: hook names, forward passes, families, memory."""

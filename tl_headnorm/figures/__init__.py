@@ -1,1 +1,0 @@
-"""Arrays and tables -> interactive pages and PNGs. Imports no torch."""

@@ -1,0 +1,256 @@
+"""One batch: every measure of every head, and each prompt's predicted option."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_headnorm.data.batches import Batch
+from tl_headnorm.engine import forward
+from tl_headnorm.engine.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory
+from tl_headnorm.engine.short_blocks import Tail
+from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.measures import (
+    NORMS,
+    READS,
+    Measure,
+    Seen,
+    Weights,
+    contribution_factor,
+    last_real_position,
+    ratio,
+    sum_over_tokens,
+    take_position,
+)
+from tl_headnorm.model.loading import Model
+
+# Bytes per entry of a pattern at its widest: scores, weights, and what a measure makes of them.
+PATTERN_BYTES = 24
+
+
+@dataclass(frozen=True)
+class How:
+    """How prompts are measured: what is taken of them, and the ways that make it fast."""
+
+    token_agg: str = "last"
+    exclude_first_token: bool = False
+    padding_side: str = "right"
+    batch_size: int = 8
+    max_batch_tokens: int | str = "auto"
+    score: bool = False
+    share_prefix: bool = True
+    sort: bool = True
+    measures: tuple[Measure, ...] = NORMS
+    # Position of the right option by sample index, for measures that read `answer`.
+    answers: Sequence[int] | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Hook points that the measures need, z last."""
+        found = {name for measure in self.measures for name in measure.reads}
+        return tuple(name for name in reversed(READS) if name in found and name != "answer")
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether all queries are looked at, or the last one alone."""
+        looked_at = {"pattern", "v"} & set(self.reads)
+        return bool(looked_at) or any(not m.at_last(self.token_agg) for m in self.measures)
+
+    @property
+    def final_scale(self) -> bool:
+        return any(measure.final_scale for measure in self.measures)
+
+
+Factors = Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one batch gave: values by measure, each prompt's option, layers that did not fire."""
+
+    values: dict[str, Float[np.ndarray, "batch layer head"]]
+    predicted: Int[np.ndarray, " batch"]
+    missing: tuple[int, ...]
+
+
+def factors_of(model: Model) -> dict[int, Float[Tensor, "head k d_head"]]:
+    """The contribution factor of every layer."""
+    layers = range(model.info.n_layers)
+    return {layer: contribution_factor(forward.W_O(model.tl, layer)) for layer in layers}
+
+
+def most_tokens(model: Model, how: How, longest: int) -> int:
+    """Padded tokens per pass: the setting, or what fits; a pattern takes `longest` per token."""
+    if how.max_batch_tokens != "auto":
+        return int(how.max_batch_tokens)
+    most = auto_batch_tokens(model)
+    if "pattern" in how.reads:
+        per_token = PATTERN_BYTES * model.info.n_heads * longest
+        most = min(most, int(SHARE * free_bytes(model.device)) // per_token)
+    return max(most, 1)
+
+
+class Measurer:
+    """Measures batches of one group of prompts; the shared prefix is run once, here."""
+
+    def __init__(self, model: Model, factors: Factors, how: How, prefix: Sequence[int]) -> None:
+        self.model, self.how = model, how
+        self.weights = {
+            layer: Weights(forward.W_O(model.tl, layer), forward.b_O(model.tl, layer), factor)
+            for layer, factor in factors.items()
+        }
+        # Per measure and layer (sum, count) over the prefix: constants of every prompt.
+        self.before: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self.prefix: forward.Prefix | None = None
+        if prefix:
+            whole = any(not m.at_last(how.token_agg) for m in how.measures)
+            self.prefix = forward.run_prefix(
+                model.tl, prefix, reads=how.reads if whole else (),
+                take=self._take_prefix if whole else lambda layer, read: None,
+            )  # fmt: skip
+
+    def _take_prefix(self, layer: int, read: dict[str, Tensor]) -> None:
+        z = read.pop("z")
+        real = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
+        seen = Seen(z, real, real.cumsum(1) - 1, real, self.weights[layer], read)
+        for measure in self.how.measures:
+            if not measure.at_last(self.how.token_agg):
+                counted = measure.counted(seen, self.how.exclude_first_token)
+                values = self._values(measure, seen)
+                self.before[measure.name, layer] = sum_over_tokens(values, counted)
+
+    def __call__(self, batch: Batch) -> Found:
+        """Every measure of every head for one batch, and each prompt's predicted option.
+
+        A layer whose hook did not fire is NaN. Only [batch, layer, head] numbers leave the device.
+        """
+        model, how = self.model, self.how
+        ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
+        last = last_real_position(mask)
+        tail = Tail(last, how.everywhere, how.score or how.final_scale)
+        answer = self._answer(batch) if any("answer" in m.reads for m in how.measures) else None
+        columns: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in how.measures}
+
+        def take(layer: int, read: dict[str, Tensor]) -> None:
+            if answer is not None:
+                read["answer"] = answer
+            for name, values in self.of_layer(layer, read, mask, last).items():
+                columns[name][layer] = values
+
+        resid = forward.run_layers(
+            model.tl, ids, mask, take, reads=how.reads, prefix=self.prefix, tail=tail
+        )
+        layers = range(model.info.n_layers)
+        missing = tuple(i for i in layers if any(i not in c for c in columns.values()))
+        nothing = torch.full((len(mask), model.info.n_heads), torch.nan, device=model.device)
+        nothing = nothing.to(self.weights[0].factor.dtype)
+        scale = forward.final_scale(model.tl, resid[:, 0]) if how.final_scale else None
+        values = {}
+        for measure in how.measures:
+            found = [columns[measure.name].get(layer, nothing) for layer in layers]
+            column = torch.stack(found, dim=1).double()
+            if measure.final_scale and scale is not None:
+                column = column / scale[:, None, None]
+            values[measure.name] = column.cpu().numpy()
+        guesses = _predict(model, batch, resid[:, 0]) if how.score else None
+        return Found(values, np.full(len(batch), -1) if guesses is None else guesses, missing)
+
+    def of_layer(
+        self, layer: int, read: dict[str, Tensor], mask: Tensor, last: Tensor
+    ) -> dict[str, Float[Tensor, "batch head"]]:
+        """Every measure of one layer, from what was read of it at this pass's tokens."""
+        seen = self._seen(layer, read, mask, last)
+        return {m.name: self._of_layer(m, layer, seen, last) for m in self.how.measures}
+
+    def _seen(self, layer: int, read: dict[str, Tensor], mask: Tensor, last: Tensor) -> Seen:
+        """A layer as the measures see it: at all queries, or cut to the last."""
+        before = len(self.prefix) if self.prefix else 0
+        real, place = mask.bool(), mask.cumsum(1) - 1 + before
+        keys = torch.nn.functional.pad(real, (before, 0), value=True)
+        if not self.how.everywhere:
+            read = {k: _at(v, last) if k != "answer" else v for k, v in read.items()}
+            real, place = take_position(real, last), take_position(place, last)
+        elif self.prefix and "v" in read:
+            read["past_v"] = forward.past_values(self.prefix, layer)
+        return Seen(read.pop("z"), real, place, keys, self.weights[layer], read)
+
+    def _of_layer(self, measure: Measure, layer: int, seen: Seen, last: Tensor) -> Tensor:
+        """One measure of one layer, [batch, head]."""
+        per_token = self._values(measure, seen)
+        at_last = (take_position(per_token, last) if self.how.everywhere else per_token)[:, 0]
+        if measure.at_last(self.how.token_agg):
+            return at_last
+        counted = measure.counted(seen, self.how.exclude_first_token)
+        total, count = sum_over_tokens(per_token, counted)
+        if (measure.name, layer) in self.before:
+            earlier, number = self.before[measure.name, layer]
+            total, count = total + earlier, count + number
+        if measure.tokens == "last_to_all":
+            return ratio(at_last, total / count)
+        return total / count  # NaN where nothing is counted
+
+    def _values(self, measure: Measure, seen: Seen) -> Tensor:
+        """Its values at every query; a fault in a measure of the user's own is one line."""
+        if measure.source is None:
+            return measure.compute(seen)
+        try:
+            values = measure.compute(seen)
+        except InputError:
+            raise
+        except Exception as error:  # code that is not ours may raise anything
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{measure.source}: measure {measure.name} failed ({type(error).__name__}: "
+                f"{first_line(error)})"
+            ) from error
+        if not isinstance(values, Tensor) or values.shape != seen.z.shape[:3]:
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"{measure.source}: expected measure {measure.name} to give a tensor [batch, pos, "
+                f"head] of {tuple(seen.z.shape[:3])}, found {shape}"
+            )
+        return values.to(seen.weights.factor.dtype)
+
+    def _answer(self, batch: Batch) -> Float[Tensor, "batch d_model"]:
+        """The direction of every prompt's answer."""
+        if self.how.answers is None or any(len(s.letter_ids) < 2 for s in batch.samples):
+            raise InputError(
+                "measures: expected prompts with an answer's letter for direct_logit, found none; "
+                "use --score_answers true, or leave it out"
+            )
+        device = self.model.device
+        letters, counts = _letters(batch, device)
+        answers = torch.tensor([self.how.answers[s.index] for s in batch.samples], device=device)
+        return forward.answer_directions(self.model.tl, letters, counts, answers)
+
+
+def _at(x: Tensor, last: Tensor) -> Tensor:
+    """x at the last position; the last block may have computed no other."""
+    return take_position(x, last) if x.shape[1] > 1 else x
+
+
+def _letters(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens of the letters [batch, option], and each prompt's number of options.
+
+    Rows with fewer options repeat their first letter.
+    """
+    width = max(len(sample.letter_ids) for sample in batch.samples)
+    padded = [s.letter_ids + s.letter_ids[:1] * (width - len(s.letter_ids)) for s in batch.samples]
+    counts = torch.tensor([len(s.letter_ids) for s in batch.samples], device=device)
+    return torch.tensor(padded, device=device), counts
+
+
+def _predict(
+    model: Model, batch: Batch, resid: Float[Tensor, "batch d_model"]
+) -> Int[np.ndarray, " batch"]:
+    """Position of the option whose letter has the largest next-token logit."""
+    letter_ids, counts = _letters(batch, model.device)
+    # Repeats are left out by position: their logits may differ from the first one's by a
+    # rounding, and argmax would take them.
+    beyond = torch.arange(letter_ids.shape[1], device=model.device) >= counts[:, None]
+    logits = forward.letter_logits(model.tl, resid, letter_ids).masked_fill(beyond, -torch.inf)
+    return logits.argmax(dim=1).cpu().numpy()

@@ -1,0 +1,1 @@
+"""Loading a model: hub id, directory or memory, adapters, self-check."""

@@ -1,0 +1,1 @@
+"""The same numbers through Hugging Face alone."""

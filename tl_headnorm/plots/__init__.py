@@ -1,0 +1,1 @@
+"""Figures, from arrays and tables to plotly and PNG. No torch."""

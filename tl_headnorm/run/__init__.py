@@ -1,0 +1,1 @@
+"""Run directories, run logs, processes, signals."""

@@ -1,0 +1,108 @@
+"""Short digests of what a run's numbers depend on, by which a resumed run knows its own."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tl_headnorm.data.plan import Planned
+from tl_headnorm.data.prepare import Prepared
+from tl_headnorm.data.tokens import Encoded
+from tl_headnorm.measures import Measure
+from tl_headnorm.measures.measurer import How
+from tl_headnorm.model.loading import Model
+
+# Numbers read of every tensor: enough to know other weights by, too few to cost anything.
+DRAWN = 4096
+
+
+def of_run(
+    model: Model, prepared: Prepared, how: How, plan: Sequence[Planned]
+) -> dict[str, tuple[str, str]]:
+    """(digest, where it is from) of everything that a run's numbers depend on."""
+    data, template = prepared.record["dataset"], prepared.record["template"]
+    shape = {
+        key: value
+        for key, value in model.info.as_dict().items()
+        if key not in ("source", "revision", "adapter")
+    }
+    source = " with ".join(filter(None, (model.info.source, model.info.adapter)))
+    options = f"{how.token_agg} {how.exclude_first_token} {how.padding_side}"
+    return {
+        "data": (str(data["sha256"]), str(data["path"])),
+        "shape": (_of_text(json.dumps(shape, sort_keys=True)), source),
+        "config": (config(model), source),
+        "weights": (weights(model), source),
+        "prompts": (prompts(prepared.encoded, how.answers or ()), f"template {template['name']}"),
+        "measures": (measures(how.measures, options), ", ".join(m.name for m in how.measures)),
+        "batches": (batches(plan), f"{len(plan)} batches"),
+    }
+
+
+def measures(chosen: Sequence[Measure], options: str) -> str:
+    """SHA-256 of the measures' formulas and of the user's own code."""
+    digest = hashlib.sha256(options.encode())
+    for measure in chosen:
+        digest.update(f"{measure.name} {measure.formula} {measure.tokens}".encode())
+        if measure.source is not None:
+            digest.update(Path(measure.source).read_bytes())
+    return digest.hexdigest()
+
+
+def weights(model: Model) -> str:
+    """SHA-256 over up to 4,096 numbers of every tensor, at places drawn once and for all.
+
+    Other training, another merge or one head set to zero changes it; what it cannot tell is a
+    change of a few single numbers.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.hf.named_parameters()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_drawn(tensor.detach()).tobytes())
+    return digest.hexdigest()
+
+
+def _drawn(tensor: torch.Tensor) -> np.ndarray:
+    size = tensor.numel()
+    flat = np.arange(size) if size <= DRAWN else np.random.default_rng(0).integers(size, size=DRAWN)
+    # By coordinates: flattening a transposed view would copy the whole tensor.
+    places = [
+        torch.from_numpy(axis).to(tensor.device) for axis in np.unravel_index(flat, tensor.shape)
+    ]
+    found = tensor[tuple(places)] if places else tensor.reshape(1)
+    return found.cpu().contiguous().view(torch.uint8).numpy()
+
+
+def config(model: Model) -> str:
+    """SHA-256 of the model's config, but for where it was read from and by which version."""
+    known = model.hf.config.to_dict()
+    for key in ("_name_or_path", "transformers_version", "torch_dtype"):
+        known.pop(key, None)
+    return _of_text(json.dumps(known, sort_keys=True, default=str))
+
+
+def prompts(samples: Sequence[Encoded], answers: Sequence[int]) -> str:
+    """SHA-256 of every prompt's tokens, its letters' tokens and the right one among them."""
+    return _of_numbers(
+        (*sample.ids, -1, *sample.letter_ids, -1, answer)
+        for sample, answer in zip(samples, answers, strict=True)
+    )
+
+
+def batches(plan: Sequence[Planned]) -> str:
+    """SHA-256 of which prompts run together, and after which common beginning."""
+    return _of_numbers((*(s.index for s in p.samples), -1, p.group.prefix_length) for p in plan)
+
+
+def _of_numbers(rows: Iterable[Sequence[int]]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.array(row, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

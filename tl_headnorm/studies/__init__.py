@@ -1,1 +1,0 @@
-"""Functions that return a Dataset; they never import each other."""

@@ -1,1 +1,0 @@
-"""Where heads look: patterns, scores, keywords, while writing, and under distraction."""

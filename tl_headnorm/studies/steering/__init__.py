@@ -1,1 +1,0 @@
-"""Steering: attention to chosen tokens boosted or suppressed, and what that does."""
