@@ -18,7 +18,7 @@ from tl_headnorm.commands.attribute.rollout import rollout
 from tl_headnorm.commands.attribute.settings import METHODS, AttributeSettings
 from tl_headnorm.errors import InputError
 
-TINY = ROOT / "tl_headnorm" / "tiny"
+TINY = ROOT / "tl_headnorm" / "builtin"
 
 
 def noisy_maps(rho, n=50, features=400, seed=0):

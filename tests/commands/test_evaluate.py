@@ -57,7 +57,7 @@ def test_fixed_logits_part_acc_from_acc_norm(model, monkeypatch):
     def flat(tl, resid):
         return torch.zeros(*resid.shape[:2], vocabulary)
 
-    monkeypatch.setattr(study.hooks, "logits", flat)
+    monkeypatch.setattr(study.forward, "logits", flat)
     scores = study.score_cloze(model, [q], get_template("cloze"))
     rows = study._option_rows(model.tokenizer, q, get_template("cloze"), True, 384)
     n_tokens = np.array([len(ids) - start for ids, start in rows])

@@ -20,7 +20,7 @@ from processes import Command, assert_same_run, free_port, wait_for
 from processes import ranks as start_ranks
 from test_resume import BUILT_IN, STATE, batches_done, only_run
 
-from tl_headnorm.commands.table import table
+from tl_headnorm.commands import table
 from tl_headnorm.data.plan import Group, Planned
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
