@@ -15,7 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from . import dataset, model_dir, questions_dir
+from tl_headnorm.builtin import model_dir, questions_dir
+
+from . import dataset
 from .questions import LETTERS, Question, prompt
 
 _BATCH = 50
