@@ -1,17 +1,17 @@
 """How many tokens fit, and what to do when they did not."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError, first_line
 
 # Of the free memory, what one forward pass may plan with: the rest is fragmentation's.
 SHARE = 0.5
 
 Rows = TypeVar("Rows", bound=Sequence)
+Result = TypeVar("Result")
 
 
 def bytes_per_token(model: Any) -> int:
@@ -48,9 +48,28 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def halves(batch: Sequence[Encoded], error: RuntimeError) -> list[tuple[Encoded, ...]]:
-    """The batch in two; InputError where it is a single prompt already."""
-    return [tuple(part) for part in split(batch, len(batch[0]), error)]
+def halving_on_oom(
+    rows: Rows, run: Callable[[Rows], Result], n_tokens: int | None = None
+) -> Iterator[tuple[Rows, Result]]:
+    """(part, run(part)) of all rows at once or, where that does not fit in memory, of their
+    halves in order, as often as needed.
+
+    A row is a prompt, or anything else of `n_tokens` tokens, which an error names. Raises
+    InputError where a single row does not fit.
+    """
+    pending = [rows]
+    while pending:
+        part = pending.pop()
+        try:
+            result = run(part)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = error.with_traceback(None)  # it would hold the failed pass's tensors
+        else:
+            yield part, result
+            continue
+        pending.extend(reversed(split(part, n_tokens or len(part[0]), reason)))
 
 
 def split(rows: Rows, n_tokens: int, error: RuntimeError) -> list[Rows]:

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_headnorm.data.batches import Batch
+from tl_headnorm.data.batches import Batch, make_batch
+from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import forward
 from tl_headnorm.engine.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory
 from tl_headnorm.engine.short_blocks import Tail
@@ -121,6 +122,11 @@ class Measurer:
                 counted = measure.counted(seen, self.how.exclude_first_token)
                 values = self._values(measure, seen)
                 self.before[measure.name, layer] = sum_over_tokens(values, counted)
+
+    def of_prompts(self, samples: Sequence[Encoded]) -> Found:
+        """Measure prompts of the group, as one batch."""
+        skip = len(self.prefix) if self.prefix else 0
+        return self(make_batch(samples, self.how.padding_side, skip=skip))
 
     def __call__(self, batch: Batch) -> Found:
         """Every measure of every head for one batch, and each prompt's predicted option.

@@ -1,8 +1,7 @@
 """The heart: every head's norms for every sample of a dataset, and their running moments."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,11 +10,10 @@ import torch
 from jaxtyping import Int
 from tqdm.auto import tqdm
 
-from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.plan import Group, Planned, plan_run, prefix_groups
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import forward
-from tl_headnorm.engine.memory import halves, is_out_of_memory
+from tl_headnorm.engine.memory import halving_on_oom
 from tl_headnorm.errors import InputError
 from tl_headnorm.measures.measurer import Factors, Found, How, Measurer, factors_of, most_tokens
 from tl_headnorm.model.loading import Model
@@ -108,31 +106,15 @@ def measure_planned(
         if measurer is None or planned.group is not group:
             group = planned.group
             measurer = Measurer(model, factors, how, group.prefix)
-        for batch, found in _parts(measurer, planned):
-            rows = [row_of[sample.index] for sample in batch.samples]
-            _check(found, batch, how, [names[r] if names else str(r) for r in rows])
+        for part, found in halving_on_oom(planned.samples, measurer.of_prompts):
+            rows = [row_of[sample.index] for sample in part]
+            _check(found, part, how, [names[r] if names else str(r) for r in rows])
             for name, value in found.values.items():
                 out.moments[name].update(value)
                 if name in out.values:
                     out.values[name][rows] = value
             out.predicted[rows] = found.predicted
         done(planned)
-
-
-def _parts(measurer: Measurer, planned: Planned) -> Iterator[tuple[Batch, Found]]:
-    """One batch measured; where it does not fit in memory it is halved and run again."""
-    pending = deque([planned.samples])
-    while pending:
-        chosen = pending.popleft()
-        batch = make_batch(chosen, measurer.how.padding_side, skip=planned.group.prefix_length)
-        try:
-            found = measurer(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            pending.extendleft(reversed(halves(chosen, error)))
-            continue
-        yield batch, found
 
 
 class Progress:
@@ -155,14 +137,14 @@ class Progress:
         self.bar.update(len(planned.samples))
 
 
-def _check(found: Found, batch: Batch, how: How, names: Sequence[str]) -> None:
+def _check(found: Found, batch: Sequence[Encoded], how: How, names: Sequence[str]) -> None:
     """NaN stands for a layer whose hook did not fire, or a prompt too short for the measure;
     anywhere else it is an error."""
     for measure in how.measures:
         value = found.values[measure.name]
         bad = ~np.isfinite(value)
         bad[:, list(found.missing)] = False
-        bad[[len(sample) < measure.least_tokens for sample in batch.samples]] = False
+        bad[[len(sample) < measure.least_tokens for sample in batch]] = False
         if bad.any():
             row, layer, head = np.argwhere(bad)[0]
             raise InputError(
