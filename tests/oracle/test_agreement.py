@@ -1,4 +1,4 @@
-"""The README's table of families and engines is what the command writes."""
+"""The documented table of families and engines is what the command writes."""
 
 import re
 
@@ -38,10 +38,10 @@ def test_the_table_holds_what_was_found(found):
             assert cell == expected
 
 
-@pytest.mark.skipif(not has_hooked(), reason="the README's table is that of transformer-lens 3.9")
+@pytest.mark.skipif(not has_hooked(), reason="the documented table is that of transformer-lens 3.9")
 def test_the_readme_shows_it(found):
     """Within an order of magnitude: the last digits are the processor's."""
-    written = rows((ROOT / "README.md").read_text(encoding="utf-8"))
+    written = rows((ROOT / "docs/explanation/families.md").read_text(encoding="utf-8"))
     assert set(written) == set(found)
     for family, cells in written.items():
         for engine, cell in zip(agreement.ENGINES, cells, strict=True):
