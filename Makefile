@@ -8,7 +8,7 @@ BIN_TL4 := $(VENV_TL4)/bin
 # What depends on the engine; everything else is the same code on both lines.
 TESTS_TL4 := tests/engine/test_engines.py tests/oracle/test_agreement.py tests/model/test_adapters.py tests/commands/test_demo.py tests/interventions/test_generation.py
 
-.PHONY: env env-tl4 test test-tl3 test-tl4 lint demo bench clean
+.PHONY: env env-tl4 test test-tl3 test-tl4 lint demo bench docs clean
 
 env: $(VENV)/.installed
 
@@ -43,5 +43,14 @@ demo: env
 bench: env
 	$(BIN)/python -m tl_headnorm bench
 
+$(VENV)-docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --strict
+
+# Removes what make made, and nothing else.
 clean:
-	rm -rf $(VENV) $(VENV_TL4) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_TL4) $(VENV)-docs build/site .pytest_cache .mypy_cache .ruff_cache .hypothesis
