@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_headnorm.measures import take_position
+from tl_headnorm.engine.positions import take_position
+from tl_headnorm.engine.protocol import Tail
 
 FIRED = (
     "hook_resid_pre",
@@ -35,15 +36,6 @@ FIRED = (
 
 # RMSNorm, rotary halves, gated MLP without biases; no norm of queries and keys.
 KNOWN = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-
-
-@dataclass(frozen=True)
-class Tail:
-    """What is wanted of the last block: z everywhere or at `last` only, the residual or nothing."""
-
-    last: Int[Tensor, " batch"]
-    z_everywhere: bool
-    resid: bool
 
 
 @dataclass

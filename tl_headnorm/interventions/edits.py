@@ -4,91 +4,41 @@ Like hooks.py, this file belongs to the only layer that touches hook points.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.bridge import is_bridge
-from tl_headnorm.engine.forward import W_O, b_O, to_last_block
-from tl_headnorm.engine.short_blocks import Tail, stopping_at
+from tl_headnorm.engine.protocol import Hook, Start, Tail
+from tl_headnorm.engine.select import engine_of
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.magnitudes import massive
 from tl_headnorm.measures import contribution_factor, resid_contrib_norm, take_position
 
-Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
+__all__ = ["Hook", "Start"]
 
 
 def can_start_late(tl: Any) -> bool:
-    """Whether a pass may begin at a later layer; TransformerBridge runs the whole model only."""
-    return not is_bridge(tl)
+    return engine_of(tl).starts_late
 
 
 def can_start_mid(tl: Any) -> bool:
-    """Whether a block is resid + attn_out, then + mlp(ln2(resid)): its second half can be run."""
-    cfg = tl.cfg
-    return can_start_late(tl) and not (
-        cfg.parallel_attn_mlp or getattr(cfg, "use_normalization_before_and_after", False)
-    )
+    return engine_of(tl).splits_blocks
 
 
-def add_heads(
-    tl: Any,
-    layer: int,
-    resid_pre: Float[Tensor, "#batch pos d_model"],
-    z: Float[Tensor, "*stack pos head d_head"],
-) -> Float[Tensor, "*stack pos d_model"]:
-    """The residual behind a layer's attention: resid_pre + sum_h z_h W_O^h + b_O."""
-    weight = W_O(tl, layer)
-    flat = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)
-    return resid_pre + F.linear(z.flatten(-2), flat, b_O(tl, layer))
+def add_heads(tl: Any, layer: int, resid_pre: Tensor, z: Tensor) -> Tensor:
+    return engine_of(tl).add_heads(layer, resid_pre, z)
 
 
-def add_mlp(
-    tl: Any,
-    layer: int,
-    resid_mid: Float[Tensor, "row pos d_model"],
-    off: Bool[Tensor, " row"] | None = None,
-) -> Float[Tensor, "row pos d_model"]:
-    """The residual behind a layer's MLP, which adds nothing in the rows `off`."""
-    if tl.cfg.attn_only:
-        return resid_mid
-    block = tl.blocks[layer]
-    out = block.mlp(block.ln2(resid_mid))
-    return resid_mid + (out if off is None else out.masked_fill(off[:, None, None], 0))
+def add_mlp(tl: Any, layer: int, resid_mid: Tensor, off: Tensor | None = None) -> Tensor:
+    return engine_of(tl).add_mlp(layer, resid_mid, off)
 
 
-def finish_layer(
-    tl: Any,
-    layer: int,
-    resid_pre: Float[Tensor, "batch pos d_model"],
-    z: Float[Tensor, "batch pos head d_head"],
-    chosen: Bool[Tensor, "variant batch head"],
-    new: Float[Tensor, "#batch #pos #head #d_head"],
-    mlp_off: Bool[Tensor, " variant"],
-) -> Float[Tensor, "row pos d_model"]:
-    """The residual after a layer whose z is known, with the chosen heads' z replaced by `new`.
-
-    Queries, keys, values and scores of the layer are the clean run's, so none is computed again.
-    Rows are [variant, sample].
-    """
-    changed = torch.where(chosen[:, :, None, :, None], new.to(z.dtype), z)
-    resid_mid = add_heads(tl, layer, resid_pre, changed).flatten(0, 1)
-    return add_mlp(tl, layer, resid_mid, mlp_off.repeat_interleave(len(z)))
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a pass begins: at the tokens, or at `layer` with the residual before it."""
-
-    ids: Int[Tensor, "row pos"] | None = None
-    layer: int = 0
-    resid: Float[Tensor, "row pos d_model"] | None = None
+def finish_layer(tl: Any, layer: int, *given: Tensor) -> Tensor:
+    return engine_of(tl).finish_layer(layer, *given)
 
 
 def run_hooked(
@@ -98,15 +48,7 @@ def run_hooked(
     edits: Sequence[Hook] = (),
     tail: Tail | None = None,
 ) -> Float[Tensor, "row resid_pos d_model"]:
-    """The residual after the last block, at all positions or at the tail's; nothing unembedded."""
-    with (
-        tl.hooks(fwd_hooks=list(edits)),
-        stopping_at(tl, tail) if tail else nullcontext(False) as shortened,
-    ):
-        begin: Any = start.ids if start.resid is None else start.resid
-        assert begin is not None, "a pass begins at tokens or at a residual"
-        resid = to_last_block(tl, begin, mask, start_layer=start.layer)
-    return take_position(resid, tail.last) if tail and not shortened else resid
+    return engine_of(tl).run(start, mask, edits, tail=tail)
 
 
 def replace_heads(
@@ -226,7 +168,9 @@ def read_sinks(
     count = queries.sum(1).clamp_min(1)
     weights: dict[int, Tensor] = {}
     sizes: dict[int, Tensor] = {}
-    factors = {layer: contribution_factor(W_O(tl, layer)) for layer in range(tl.cfg.n_layers)}
+    factors = {
+        layer: contribution_factor(engine_of(tl).W_O(layer)) for layer in range(tl.cfg.n_layers)
+    }
 
     def mean(values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch head"]:
         kept = torch.where(queries[:, :, None], values, values.new_zeros(()))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_headnorm.data.batches import Batch
 from tl_headnorm.engine import forward
-from tl_headnorm.engine.short_blocks import Tail
+from tl_headnorm.engine.protocol import Tail
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.replacements import Reference, replacement
 from tl_headnorm.measures import Measure, last_real_position

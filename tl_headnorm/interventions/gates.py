@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.short_blocks import Tail
+from tl_headnorm.engine.protocol import Tail
 from tl_headnorm.interventions import edits
 from tl_headnorm.measures import take_position
 

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_headnorm.engine import forward as passes
-from tl_headnorm.engine.bridge import is_bridge
+from tl_headnorm.engine.protocol import Hook
 from tl_headnorm.errors import InputError
-from tl_headnorm.interventions.edits import Hook
 from tl_headnorm.model.loading import Model
 
 
@@ -76,10 +73,10 @@ def generate(
     ids, mask = ids.to(model.device), mask.to(model.device)
     ends = torch.tensor(sorted(eos_ids(model) if eos is None else eos), device=ids.device)
     choose = _Chooser(len(ids), temperature, top_k, seed)
-    run = _BridgePasses(model.tl) if is_bridge(model.tl) else _HookedPasses(model.tl, len(ids))
+    run = model.engine.cached_pass(len(ids))
     n_prompt, open_rows = ids.shape[1], torch.ones_like(mask[:, 0])
     written = [open_rows[:, None][:, :0]]
-    with model.tl.hooks(fwd_hooks=list(hooks)):
+    with model.engine.hooks(hooks):
         for number in range(max_new_tokens):
             logits = run(ids if number == 0 else ids[:, -1:], mask)
             if on_step is not None:
@@ -129,45 +126,6 @@ def check_room(model: Model, n_prompt: int, n_new: int) -> None:
             f"generate: expected prompt and new tokens within the context of {model.n_ctx} tokens, "
             f"found {n_prompt} + {n_new}; shorten the prompt or generate fewer"
         )
-
-
-class _HookedPasses:
-    """Passes of a HookedTransformer on the tokens that are new; only the last is unembedded."""
-
-    def __init__(self, tl: Any, n_rows: int) -> None:
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
-
-        self.tl = tl
-        self.cache = TransformerLensKeyValueCache.init_cache(tl.cfg, tl.cfg.device, n_rows)
-
-    def __call__(self, new: Tensor, mask: Tensor) -> Float[Tensor, "batch vocab"]:
-        resid = passes.to_last_block(self.tl, new, mask[:, -new.shape[1] :], past=self.cache)
-        return _wide(passes.logits(self.tl, resid[:, -1:])[:, 0])
-
-
-class _BridgePasses:
-    """The same through a bridge, whose cache is Hugging Face's."""
-
-    def __init__(self, tl: Any) -> None:
-        self.tl, self.cache = tl, None
-
-    def __call__(self, new: Tensor, mask: Tensor) -> Float[Tensor, "batch vocab"]:
-        places = (mask.cumsum(1) - 1).clamp_min(0)[:, -new.shape[1] :]
-        past: dict[str, Any] = {} if self.cache is None else {"past_key_values": self.cache}
-        logits, self.cache = self.tl(
-            new,
-            attention_mask=mask,
-            position_ids=places,
-            use_cache=True,
-            return_type="logits_and_cache",
-            **past,
-        )
-        return _wide(logits[:, -1].to(new.device))
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """float32 or wider, so that a narrow type's ties do not choose the token."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _Chooser:

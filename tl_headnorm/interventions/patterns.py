@@ -8,9 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.bridge import is_bridge
-from tl_headnorm.engine.forward import to_last_block
-from tl_headnorm.interventions.edits import Hook
+from tl_headnorm.engine.protocol import Hook, Start
+from tl_headnorm.engine.select import engine_of
 
 TakePattern = Callable[[int, Tensor], None]
 
@@ -26,7 +25,7 @@ def read_patterns(
     """Hand the pattern [batch, head, q, k] of each layer to `take(layer, pattern)`.
 
     Rows of real queries sum to 1 over the real tokens up to them; rows of padding are zero. One
-    pass, which HookedTransformer ends after the last layer wanted; one layer's pattern exists at
+    pass, which ends after the last layer wanted; one layer's pattern exists at
     a time, unless `take` keeps it. Through a bridge attention is Hugging Face's eager one.
     """
     if not layers:
@@ -40,11 +39,8 @@ def read_patterns(
 
         return hook_names.pattern(layer), read
 
-    with tl.hooks(fwd_hooks=[reader(layer) for layer in layers]):
-        if is_bridge(tl):
-            to_last_block(tl, ids, mask)
-        else:
-            tl(ids, attention_mask=mask, stop_at_layer=max(layers) + 1)
+    readers = [reader(layer) for layer in layers]
+    engine_of(tl).run(Start(ids), mask, readers, stop=max(layers) + 1)
 
 
 def at_last_query(

@@ -21,7 +21,7 @@ from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.plan import Group, plan_batches
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine.memory import auto_batch_tokens
-from tl_headnorm.engine.short_blocks import Tail
+from tl_headnorm.engine.protocol import Tail
 from tl_headnorm.interventions import edits
 from tl_headnorm.interventions.edits import SetActivations, Start
 from tl_headnorm.interventions.magnitudes import largest

@@ -20,7 +20,7 @@ from tl_headnorm.data.plan import Group, plan_batches
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names
 from tl_headnorm.engine.memory import auto_batch_tokens
-from tl_headnorm.engine.short_blocks import Tail
+from tl_headnorm.engine.protocol import Tail
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions import edits
 from tl_headnorm.interventions.edits import Hook, Start

@@ -1,15 +1,14 @@
 """What each head is measured by."""
 
+from tl_headnorm.engine.positions import last_real_position, take_position
 from tl_headnorm.measures.activations import (
     Seen,
     Weights,
     contribution_factor,
-    last_real_position,
     output_norm,
     ratio,
     resid_contrib_norm,
     sum_over_tokens,
-    take_position,
 )
 from tl_headnorm.measures.registry import choose_measures, load_measures
 from tl_headnorm.measures.table import (

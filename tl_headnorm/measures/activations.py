@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_headnorm.errors import InputError
@@ -46,21 +46,6 @@ def contribution_factor(
     transposed = rearrange(W_O, "head d_head d_model -> head d_model d_head")
     R = torch.linalg.qr(transposed.double(), mode="r").R
     return R if W_O.dtype == torch.float64 else R.float()
-
-
-def last_real_position(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, " batch"]:
-    """Index of the last 1 in every row; right under either padding side.
-
-    `mask.sum(1) - 1` is the usual shortcut and wrong under left padding.
-    """
-    return mask.shape[1] - 1 - mask.flip(1).argmax(1)
-
-
-def take_position(
-    x: Shaped[Tensor, "batch pos *rest"], position: Int[Tensor, " batch"]
-) -> Shaped[Tensor, "batch 1 *rest"]:
-    """x at one position of each row, the position axis kept."""
-    return x[torch.arange(len(x), device=x.device), position].unsqueeze(1)
 
 
 def sum_over_tokens(

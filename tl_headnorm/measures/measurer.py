@@ -12,7 +12,7 @@ from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import forward
 from tl_headnorm.engine.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory
-from tl_headnorm.engine.short_blocks import Tail
+from tl_headnorm.engine.protocol import Tail
 from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.measures import (
     NORMS,
@@ -180,7 +180,7 @@ class Measurer:
             read = {k: _at(v, last) if k != "answer" else v for k, v in read.items()}
             real, place = take_position(real, last), take_position(place, last)
         elif self.prefix and "v" in read:
-            read["past_v"] = forward.past_values(self.prefix, layer)
+            read["past_v"] = forward.past_values(self.model.tl, self.prefix, layer)
         return Seen(read.pop("z"), real, place, keys, self.weights[layer], read)
 
     def _of_layer(self, measure: Measure, layer: int, seen: Seen, last: Tensor) -> Tensor:

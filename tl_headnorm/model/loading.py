@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from tl_headnorm.engine.bridge import build_bridge
 from tl_headnorm.engine.families import Unsupported, build_hooked, has_hooked
+from tl_headnorm.engine.protocol import Engine
+from tl_headnorm.engine.select import engine_of
 from tl_headnorm.errors import InputError, first_line, nearest
 from tl_headnorm.model.pretrained import builtin, check_not_quantized, load_pretrained
 
@@ -66,6 +69,11 @@ class Model:
             f"({i.n_key_value_heads} key/value), d_model {i.d_model}, d_head {i.d_head}, "
             f"{i.dtype}, {i.engine}, {self.device})"
         )
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Runs the model: passes with hooks, weights, logits."""
+        return engine_of(self.tl)
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from tl_headnorm.commands.attribute.losses import Item, LetterLoss, Loss
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory, split
-from tl_headnorm.engine.short_blocks import Tail
+from tl_headnorm.engine.protocol import Tail
 from tl_headnorm.interventions.gates import Base, Before, GateRows, run_gated, z_of
 from tl_headnorm.measures import take_position
 from tl_headnorm.model.loading import Model

@@ -16,7 +16,7 @@ from tl_headnorm.data.templates import text_target
 from tl_headnorm.data.texts import read_texts, windows
 from tl_headnorm.data.tokens import bos_id, common_prefix_length, token_ids
 from tl_headnorm.engine import forward
-from tl_headnorm.engine.short_blocks import Tail
+from tl_headnorm.engine.protocol import Tail
 from tl_headnorm.measures import last_real_position
 
 

@@ -1,0 +1,370 @@
+"""The engine protocol: forward passes with hooks, late starts, prefixes and tails; weights; logits.
+
+Two implementations: `hooked.HookedEngine` (HookedTransformer, transformer-lens up to 3.9) and
+`bridge.BridgeEngine` (TransformerBridge, 3.9 and 4.x). What planning needs to know is an
+attribute (`shares_prefix`, `starts_late`, `splits_blocks`), not which engine it is.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_headnorm.engine import hook_names
+from tl_headnorm.errors import InputError
+
+ZByLayer = dict[int, Float[Tensor, "batch pos head d_head"]]
+# A hook point's name and its function; a returned tensor replaces the activation.
+Hook = tuple[str, Callable[[Tensor, Any], Tensor | None]]
+# Called with a layer and its activations by name; a returned tensor replaces z.
+OnLayer = Callable[[int, dict[str, Tensor]], Tensor | None]
+# (new tokens [batch, new], mask [batch, pos] of all so far) -> logits after the last one.
+CachedPass = Callable[[Tensor, Tensor], Float[Tensor, "batch vocab"]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a pass begins: at the tokens, or at `layer` with the residual before it."""
+
+    ids: Int[Tensor, "row pos"] | None = None
+    layer: int = 0
+    resid: Float[Tensor, "row pos d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The part of the last block that is wanted: z everywhere or at `last`; the residual or not."""
+
+    last: Int[Tensor, " batch"]
+    z_everywhere: bool
+    resid: bool
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that many prompts begin with, run once.
+
+    `cache` holds their keys and values in the engine's own form; None where the engine runs the
+    ids again with every batch. `z` is empty where a caller took the layers as they came.
+    """
+
+    ids: tuple[int, ...]
+    cache: Any
+    z: ZByLayer = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: z by layer (missing where the hook did not fire), residual, extras."""
+
+    z: ZByLayer
+    resid: Float[Tensor, "batch resid_pos d_model"]
+    extra: dict[str, Tensor]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A decoder-only model that runs with TransformerLens' hook points.
+
+    Shared bodies are here; an implementation says how a pass begins, ends and caches.
+    """
+
+    tl: Any
+    # A prefix that is run once saves its computation in later batches.
+    shares_prefix: bool
+    # A pass from a later layer does not compute the layers below it.
+    starts_late: bool
+
+    # Sizes
+
+    @property
+    def cfg(self) -> Any:
+        return self.tl.cfg
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.cfg.n_layers)
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.cfg.n_heads)
+
+    @property
+    def n_ctx(self) -> int:
+        return int(self.cfg.n_ctx)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.cfg.device)
+
+    @property
+    def splits_blocks(self) -> bool:
+        """Whether a block is resid + attn_out, then + mlp(ln2(resid)), and can start between."""
+        return self.starts_late and not (
+            self.cfg.parallel_attn_mlp
+            or getattr(self.cfg, "use_normalization_before_and_after", False)
+        )
+
+    # Passes
+
+    @abstractmethod
+    def run(
+        self,
+        start: Start,
+        mask: Int[Tensor, "batch pos"],
+        hooks: Sequence[Hook] = (),
+        *,
+        tail: Tail | None = None,
+        prefix: Prefix | None = None,
+        stop: int | None = None,
+    ) -> Float[Tensor, "batch resid_pos d_model"]:
+        """The residual after the last block, or before layer `stop`; nothing is unembedded.
+
+        At all positions, or with `tail` at its last ones. With a `prefix`, ids and mask are what
+        follows it. Differentiable where gradients are enabled.
+        """
+        ...
+
+    @abstractmethod
+    def run_z(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch pos"],
+        *,
+        prefix: Prefix | None = None,
+        tail: Tail | None = None,
+        extra: Sequence[str] = (),
+    ) -> Pass:
+        """z of every layer, the residual stream after the last block, any `extra` activations.
+
+        One forward pass by `run_with_cache`, filtered to `hook_z`; neither the final norm nor
+        the unembedding is computed. With a `prefix`, ids and mask are what follows it. With a
+        `tail`, z is [batch, 1, head, d_head] unless it is wanted everywhere, the residual
+        [batch, 1, d_model].
+        """
+        ...
+
+    @abstractmethod
+    def run_layers(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        mask: Int[Tensor, "batch pos"],
+        on_layer: OnLayer,
+        *,
+        reads: Sequence[str] = ("z",),
+        prefix: Prefix | None = None,
+        tail: Tail | None = None,
+        edits: bool = False,
+    ) -> Float[Tensor, "batch resid_pos d_model"]:
+        """Call `on_layer(layer, {name: activation})` for every layer; the residual at the end.
+
+        `reads` are names of functions in hook_names.py, z among them. z alone comes from
+        `run_z`; where more is read, or z is edited, `on_layer` is called as the pass goes and
+        one layer's activations exist at a time. Positions are those of the pass (a prefix is
+        not in them, but for a pattern's keys); with a `tail` the last block may give the last
+        one alone. With `edits`, a returned tensor replaces z.
+        """
+        ...
+
+    @abstractmethod
+    def run_prefix(
+        self,
+        ids: Sequence[int],
+        *,
+        reads: Sequence[str] = ("z",),
+        on_layer: OnLayer | None = None,
+    ) -> Prefix:
+        """Run tokens that many prompts begin with, for use by later batches.
+
+        With `on_layer` its layers are reported as in `run_layers` and the result holds no z.
+        """
+        ...
+
+    @abstractmethod
+    def prefix_values(self, prefix: Prefix, layer: int) -> Float[Tensor, "1 pos kv_head d_head"]:
+        """Values of the prefix's tokens."""
+        ...
+
+    @abstractmethod
+    def cached_pass(self, n_rows: int) -> CachedPass:
+        """A pass with a growing key/value cache, for generation: (new ids, mask) -> logits.
+
+        Logits are those after the last token, [batch, vocab], float32 or wider.
+        """
+        ...
+
+    @abstractmethod
+    def head_sum_name(self, layer: int) -> str:
+        """Hook point of sum_h z_h W_O^h + b_O, before a norm that may follow it."""
+        ...
+
+    def check_length(self, length: int) -> None:
+        """Refuse prompts that the model's positions or its sliding window do not cover."""
+        if length > self.n_ctx:
+            raise InputError(
+                f"prompt: expected at most {self.n_ctx} tokens, the context this engine computes "
+                f"faithfully, found {length}; shorten it"
+            )
+
+    def hooks(self, hooks: Sequence[Hook]) -> Any:
+        """Context manager: the hooks are in place in every pass inside it."""
+        return self.tl.hooks(fwd_hooks=list(hooks))
+
+    @contextmanager
+    def zero_heads(self, heads: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """While inside, z of the given (layer, head) pairs is zero at every position."""
+        by_layer: dict[int, list[int]] = {}
+        for layer, head in heads:
+            by_layer.setdefault(layer, []).append(head)
+
+        def zero(off: list[int]) -> Callable[[Tensor, Any], Tensor]:
+            def edit(z: Tensor, hook: Any) -> Tensor:
+                edited = z.clone()
+                by_head(edited, self.n_heads)[:, :, off] = 0
+                return edited
+
+            return edit
+
+        with self.hooks([(hook_names.z(layer), zero(off)) for layer, off in by_layer.items()]):
+            yield
+
+    # Weights, and parts of a block
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Output weights of a layer's heads, as the model holds them (on its first device)."""
+        return self.tl.blocks[layer].attn.W_O.detach().to(self.cfg.device)
+
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"]:
+        """The bias a layer's attention adds beside its heads."""
+        bias = self.tl.blocks[layer].attn.b_O
+        if bias is None:  # the bridge's way of saying that there is none
+            return self.W_O(layer).new_zeros(self.cfg.d_model)
+        return bias.detach().to(self.cfg.device)
+
+    def add_heads(
+        self,
+        layer: int,
+        resid_pre: Float[Tensor, "#batch pos d_model"],
+        z: Float[Tensor, "*stack pos head d_head"],
+    ) -> Float[Tensor, "*stack pos d_model"]:
+        """The residual behind a layer's attention: resid_pre + sum_h z_h W_O^h + b_O."""
+        weight = self.W_O(layer)
+        flat = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)
+        return resid_pre + F.linear(z.flatten(-2), flat, self.b_O(layer))
+
+    def add_mlp(
+        self,
+        layer: int,
+        resid_mid: Float[Tensor, "row pos d_model"],
+        off: Bool[Tensor, " row"] | None = None,
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The residual behind a layer's MLP, which adds nothing in the rows `off`."""
+        if self.cfg.attn_only:
+            return resid_mid
+        block = self.tl.blocks[layer]
+        out = block.mlp(block.ln2(resid_mid))
+        return resid_mid + (out if off is None else out.masked_fill(off[:, None, None], 0))
+
+    def finish_layer(
+        self,
+        layer: int,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        z: Float[Tensor, "batch pos head d_head"],
+        chosen: Bool[Tensor, "variant batch head"],
+        new: Float[Tensor, "#batch #pos #head #d_head"],
+        mlp_off: Bool[Tensor, " variant"],
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The residual after a layer whose z is known, with the chosen heads' z replaced by `new`.
+
+        Queries, keys, values and scores of the layer are the clean run's, so none is computed
+        again. Rows are [variant, sample].
+        """
+        changed = torch.where(chosen[:, :, None, :, None], new.to(z.dtype), z)
+        resid_mid = self.add_heads(layer, resid_pre, changed).flatten(0, 1)
+        return self.add_mlp(layer, resid_mid, mlp_off.repeat_interleave(len(z)))
+
+    # Embedding and unembedding
+
+    @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """Token embeddings."""
+        tl = self.tl
+        table: Tensor = tl.embed.W_E if hasattr(tl.embed, "W_E") else tl.W_E
+        return table
+
+    def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
+        """Final norm and unembedding of residual vectors."""
+        return self._capped(self.tl.unembed(self.tl.ln_final(resid)))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """Gemma 2 bends its logits after the unembedding."""
+        cap = getattr(self.cfg, "output_logits_soft_cap", None)
+        return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+
+    def token_logits(
+        self,
+        resid: Float[Tensor, "batch d_model"],
+        token_ids: Int[Tensor, "batch option"],
+    ) -> Float[Tensor, "batch option"]:
+        """Logits of a few tokens per prompt at one residual vector; only they are unembedded.
+
+        float32 or wider, so that ties of a narrow type do not choose the answer.
+        """
+        unembed = self.tl.unembed
+        final = self.tl.ln_final(resid.unsqueeze(1)).squeeze(1)
+        columns = unembed.W_U.T[token_ids.to(unembed.W_U.device)].to(final.device)
+        wide = torch.promote_types(final.dtype, torch.float32)
+        logits = torch.einsum("bm,bom->bo", final.to(wide), columns.to(wide))
+        if unembed.b_U is not None:
+            logits = logits + unembed.b_U.to(final.device)[token_ids].to(wide)
+        return self._capped(logits)
+
+    def answer_directions(
+        self,
+        token_ids: Int[Tensor, "batch option"],
+        n_options: Int[Tensor, " batch"],
+        answers: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch d_model"]:
+        """u with x u / scale = logit of the answer's token minus the mean of the other options'.
+
+        x is the residual at the last token (centred within u where the final norm centres),
+        scale `final_scale`; what biases add is left out. float32 or wider.
+        """
+        norm, W_U = self.tl.ln_final, self.tl.unembed.W_U
+        wide = torch.promote_types(W_U.dtype, torch.float32)
+        columns = W_U.T[token_ids].to(wide)
+        option = torch.arange(token_ids.shape[1], device=token_ids.device)
+        right = option == answers[:, None]
+        others = (option < n_options[:, None]) & ~right
+        weight = right.to(wide) - others.to(wide) / others.sum(1, keepdim=True).clamp_min(1)
+        direction = torch.einsum("bo,bom->bm", weight, columns) * norm.w.to(wide)
+        if self.cfg.normalization_type == "LN":  # <x - mean(x), u> = <x, u - mean(u)>
+            direction = direction - direction.mean(-1, keepdim=True)
+        return direction
+
+    def final_scale(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, " batch"]:
+        """Divisor of the final norm at a residual vector."""
+        wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
+        if self.cfg.normalization_type == "LN":
+            wide = wide - wide.mean(-1, keepdim=True)
+        return (wide.pow(2).mean(-1) + self.tl.ln_final.eps).sqrt()
+
+
+def by_head(z: Tensor, n_heads: int) -> Float[Tensor, "batch pos head d_head"]:
+    """z with a head axis; some bridges give the heads flattened."""
+    return z if z.dim() == 4 else rearrange(z, "b p (h d) -> b p h d", h=n_heads)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """float32 or wider, so that a narrow type's ties do not choose the token."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
