@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats as scipy_stats
@@ -153,6 +153,7 @@ def test_mcnemar_against_scipy():
 
 
 @given(st.integers(0, 999), st.floats(0.1, 10), st.booleans())
+@settings(deadline=None)
 def test_the_other_way_round_and_another_unit(seed, scale, paired):
     a, b = norms(seed, 6), norms(seed + 1, 6)
     ids = [f"{'q' if paired else 'other'}{i}" for i in range(6)]
@@ -467,7 +468,7 @@ def test_the_page_needs_no_network_and_escapes_names(compared):
     body = text.replace(text[text.index("<script") : text.rindex("</script>")], "")
     assert "a&lt;b" in text
     assert "a<b" not in body
-    assert text.count("plotly.js v") == 1
+    assert text.count('id="plotly"') == 1
     assert 'src="http' not in text
     assert "prefers-color-scheme: dark" in text
 

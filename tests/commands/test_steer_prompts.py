@@ -9,7 +9,8 @@ import torch
 from conftest import write_jsonl
 
 from tl_headnorm.commands.steer import instructions
-from tl_headnorm.commands.steer.plots import boost_labels, marked
+from tl_headnorm.commands.steer.answers import marked
+from tl_headnorm.commands.steer.plots import boost_labels
 from tl_headnorm.commands.steer.prompts import Prompt, prepare_prompts, read_prompts
 from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.errors import InputError
@@ -306,7 +307,7 @@ def test_texts_alone(run_cli, shared_data, tmp_path):
 
 def test_marks_and_labels():
     assert marked("A <b> Dog's dog", ["dog"]) == (
-        "A &lt;b&gt; <mark>Dog</mark>&#x27;s <mark>dog</mark>"
+        "A &lt;b&gt; <mark>Dog</mark>&#39;s <mark>dog</mark>"
     )
     assert marked("a<b", []) == "a&lt;b"
     assert boost_labels([0.0, 0.5, 20.0, 1e4, 12345.0, 1e16]) == [

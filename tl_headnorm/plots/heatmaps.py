@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from tl_headnorm.plots.page import write_page
 from tl_headnorm.plots.text import in_picture, on_page
-from tl_headnorm.run.files import write_bytes, write_text
+from tl_headnorm.run.files import write_bytes
 
 COLORS = "Viridis"
 NO_DATA = "#d0d0d0"
@@ -148,7 +149,7 @@ def heatmap_png(array: xr.DataArray, title: str | None = None) -> bytes:
 
 def save_heatmap(array: xr.DataArray, stem: Path) -> None:
     """Write `<stem>.html` (self-contained) and `<stem>.png`."""
-    write_text(stem.with_suffix(".html"), heatmap(array).to_html(include_plotlyjs=True))
+    write_page(stem.with_suffix(".html"), _labels(array)[0], [heatmap(array)])
     write_bytes(stem.with_suffix(".png"), heatmap_png(array))
 
 

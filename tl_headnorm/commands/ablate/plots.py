@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tl_headnorm.plots.page import write_page
 from tl_headnorm.plots.text import in_picture, on_page
-from tl_headnorm.run.files import write_bytes, write_text
+from tl_headnorm.run.files import write_bytes
 
 LABELS = {
     "accuracy_drop": "accuracy lost (points)",
@@ -36,7 +37,7 @@ def png(figure: Any) -> bytes:
 
 def save(page: Any, picture: Any, stem: Path) -> None:
     """`<stem>.html`, self-contained, of a plotly figure, and `<stem>.png` of a matplotlib one."""
-    write_text(stem.with_suffix(".html"), page.to_html(include_plotlyjs=True))
+    write_page(stem.with_suffix(".html"), stem.name.replace("_", " ").capitalize(), [page])
     write_bytes(stem.with_suffix(".png"), png(picture))
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from tl_headnorm.plots.heatmaps import tick_step
+from tl_headnorm.plots.page import write_page
 from tl_headnorm.plots.text import in_picture, on_page
-from tl_headnorm.run.files import write_bytes, write_text
+from tl_headnorm.run.files import write_bytes
 
 PALETTE = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#6a3d9a",
@@ -71,19 +72,9 @@ class Section:
     columns: int
 
 
-def page(sections: Sequence[Section]) -> str:
-    """One self-contained interactive page; the library it needs is in it once."""
-    parts = [
-        to_html(section).to_html(full_html=False, include_plotlyjs=number == 0)
-        for number, section in enumerate(sections)
-    ]
-    head = "<!DOCTYPE html><html><head><meta charset='utf-8'><title>Head attribution</title></head>"
-    return f"{head}<body>{''.join(parts)}</body></html>"
-
-
 def save(sections: Sequence[Section], folder: Path, stem: str) -> None:
     """Write `<stem>.html` with every section, and `<section>.png` for each."""
-    write_text(folder / f"{stem}.html", page(sections))
+    write_page(folder / f"{stem}.html", f"Head {stem}", map(to_html, sections))
     for section in sections:
         write_bytes(folder / f"{section.name}.png", to_png(section))
 

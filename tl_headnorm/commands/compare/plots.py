@@ -1,6 +1,5 @@
-"""Pictures of a comparison: one page for the browser, and a PNG per measure. No torch."""
+"""Figures of a comparison: interactive, and a PNG per measure. No torch."""
 
-import html
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,171 +10,20 @@ import pandas as pd
 import xarray as xr
 
 from tl_headnorm.plots.text import in_picture
-from tl_headnorm.run.files import write_bytes, write_text
+from tl_headnorm.run.files import write_bytes
 
 DIVERGING = "RdBu_r"  # blue: less, red: more
 MARK = "#d55e00"
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --faint: #57606a; --line: #d0d7de; --back: #fff;
-  --warn: #fff4d6; }
-@media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --faint: #9aa4af; --line: #3a424c;
-  --back: #14181d; --warn: #3d3215; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
-  max-width: 1240px; margin: 1.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .2rem; }
-p { margin: .3rem 0; max-width: 60rem; } .faint { color: var(--faint); }
-.warn { background: var(--warn); padding: .35rem .7rem; border-radius: 5px; margin: .4rem 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem 0; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; } td:first-child, th:first-child, .text td { text-align: left; }
-.text td { max-width: 30rem; overflow-wrap: anywhere; vertical-align: top; }
-@media print { body { max-width: none; } h2 { break-before: auto; } table { break-inside: avoid; } }
-"""
-
-# Plotly paints its own text: it follows the page's colours, also when they change.
-_FOLLOW = """
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const follow = () => {
-  const text = getComputedStyle(document.body).color;
-  const line = dark.matches ? "#3a424c" : "#d9dee3";
-  for (const plot of document.querySelectorAll(".js-plotly-plot")) {
-    const change = {"font.color": text};
-    for (const n of ["", "2", "3"]) for (const side of ["x", "y"]) {
-      change[`${side}axis${n}.linecolor`] = line;
-      change[`${side}axis${n}.gridcolor`] = line;
-    }
-    Plotly.relayout(plot, change);
-  }
-};
-dark.addEventListener("change", follow);
-addEventListener("load", follow);
-"""
-
 
 def save(result: xr.Dataset, changed: Mapping[str, pd.DataFrame], folder: Path, fdr: float) -> None:
-    """Write `compare.html`, and `<measure>_change.png` for every measure."""
-    write_text(folder / "compare.html", page(result, changed, fdr))
+    """Write `<measure>_change.png` for every measure."""
     for name, rows in changed.items():
         write_bytes(folder / f"{name}_change.png", to_png(result, name, rows, fdr))
 
 
-def page(result: xr.Dataset, changed: Mapping[str, pd.DataFrame], fdr: float) -> str:
-    """One self-contained page; plotly is in it once."""
-    a, b = result.attrs["names"]
-    title = f"{b} compared to {a}"
-    parts = [f"<h1>{html.escape(title)}</h1>", *_lead(result.attrs, fdr)]
-    for number, (name, rows) in enumerate(changed.items()):
-        text = result.attrs["measures"][name]
-        parts.append(f"<h2>{html.escape(name)} <span class=faint>{text['formula']}</span></h2>")
-        parts.append(f"<p>{html.escape(verdict(result, name, fdr))}</p>")
-        figure = to_figure(result, name, rows, fdr)
-        plot = figure.to_html(full_html=False, include_plotlyjs=number == 0)
-        parts += [f"<div class=wide>{plot}</div>", _movers_table(rows)]
-    parts += ["<h2>What the runs' records differ in</h2>", _record_table(result.attrs)]
-    return (
-        "<!DOCTYPE html><html lang=en><head><meta charset=utf-8>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(parts)}<script>{_FOLLOW}</script></body></html>"
-    )
-
-
-def _lead(attrs: Mapping[str, Any], fdr: float) -> list[str]:
-    """Samples, accuracy, cautions, and how to read what follows."""
-    a, b = (html.escape(name) for name in attrs["names"])
-    if attrs["paired"]:
-        samples = f"{attrs['n_common']:,} samples in both runs, compared in pairs."
-    else:
-        samples = (
-            f"{attrs['n_a']:,} and {attrs['n_b']:,} samples, not in pairs "
-            f"({html.escape(attrs['why_unpaired'])})."
-        )
-    parts = [f"<p><b>A</b> {a} · <b>B</b> {b}</p>"]
-    parts.append(f"<p>{samples}{_accuracy(attrs['accuracy'])}</p>")
-    parts += [f"<p class=warn>{html.escape(caution)}.</p>" for caution in attrs["cautions"]]
-    parts.append(
-        f"<p class=faint>Differences are B minus A: red is more, blue is less, white is 0. A "
-        f"dot marks a head that cannot be told from no change (q &gt; {fdr:g}, Benjamini-Hochberg "
-        f"over the heads of a measure). Effect is Cohen's {html.escape(attrs['effect_is'])}. A "
-        "changed head changes what all layers above it see, so not every head that changed is a "
-        "cause.</p>"
-    )
-    return parts
-
-
-def _accuracy(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    text = f" Accuracy (letter): {found['a']:.1%} in A, {found['b']:.1%} in B"
-    if "p" in found:
-        text += (
-            f"; {found['lost']} answers became wrong, {found['gained']} right (McNemar's exact p "
-            f"{found['p']:.2g})"
-        )
-    return text + "."
-
-
-def verdict(result: xr.Dataset, name: str, fdr: float) -> str:
-    """How many heads changed by one measure, and by more than rounding, in a sentence or two."""
-    one, text = result.sel(measure=name), result.attrs["measures"][name]
-    changed = (one["q"] <= fdr) & (one["difference"] != 0)
-    if not bool((one["difference"] != 0).any()):
-        return f"No difference at all in {text['heads']} heads."
-    large = int((changed & (abs(one["difference"]) > text["step"] * abs(one["mean_a"]))).sum())
-    dtypes = " and ".join(dict.fromkeys(result.attrs["dtypes"]))
-    found = (
-        f"{int(changed.sum())} of {text['heads']} heads differ (q ≤ {fdr:g}), {large} of them by "
-        f"more than a step of {dtypes} ({text['step']:.1g} of the value)."
-    )
-    if text["spearman"] is not None:
-        found += f" The ranks agree with a Spearman ρ of {text['spearman']:.4f}."
-    return found
-
-
-def _movers_table(rows: pd.DataFrame) -> str:
-    if not len(rows):
-        return ""
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("head", "mean in A", "in B", "difference", "log₂ ratio", "effect", "q",
-                     "rank in A", "in B")
-    )  # fmt: skip
-    body = "".join(
-        f"<tr><td>{row['layer']}.{row['head']}</td><td>{row['mean_a']:.4g}</td>"
-        f"<td>{row['mean_b']:.4g}</td><td>{row['difference']:+.4g}</td>"
-        f"<td>{_number(row['log2_ratio'], '+.3g')}</td><td>{row['effect']:+.2f}</td>"
-        f"<td>{row['q']:.2g}</td><td>{row['rank_a']:g}</td><td>{row['rank_b']:g}</td></tr>"
-        for row in rows.to_dict("records")
-    )
-    return (
-        "<p class=faint>Heads that changed most (layer.head):</p>"
-        f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
-    )
-
-
 def _number(value: float, how: str) -> str:
     return "–" if np.isnan(value) else format(value, how)
-
-
-def _record_table(attrs: Mapping[str, Any]) -> str:
-    if not attrs["differing"]:
-        return "<p>Nothing.</p>"
-    a, b = (html.escape(name) for name in attrs["names"])
-    body = "".join(
-        f"<tr><td>{html.escape(entry['key'])}</td><td>{_value(entry['a'])}</td>"
-        f"<td>{_value(entry['b'])}</td></tr>"
-        for entry in attrs["differing"]
-    )
-    return (
-        f"<div class=wide><table class=text><tr><th></th><th>{a}</th><th>{b}</th></tr>"
-        f"{body}</table></div>"
-    )
-
-
-def _value(value: Any) -> str:
-    text = "–" if value is None else str(value)
-    return html.escape(text if len(text) <= 120 else text[:117] + "...")
 
 
 def _limit(values: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from tl_headnorm.commands.steer import instructions, profiling, prompts, steer, summary
 from tl_headnorm.commands.steer import plots as figures
+from tl_headnorm.commands.steer.answers import save_answers
 from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.commands.steer.targets import (
     Targets,
@@ -248,9 +249,7 @@ def _save_answers(
     rows = [asdict(answer) | {"hit": answer.hit} for answer in answers]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(path / "generations.jsonl", lines)
-    shown = {p.id: {"prompt": p.text, "keywords": p.keywords, "must_include": p.must_include}
-             for p in asked}  # fmt: skip
-    figures.save_answers(rows, shown, path / "generations.html", title)
+    save_answers(rows, asked, path / "generations.html", title)
 
 
 def _follow(settings: SteerSettings, path: Path) -> None:

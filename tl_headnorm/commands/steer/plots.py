@@ -1,6 +1,5 @@
 """Pictures of a steering run: effects by boost, the profile of heads, answers side by side."""
 
-import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pandas as pd
 
 from tl_headnorm.commands.ablate.plots import canvas, save
 from tl_headnorm.plots.text import in_picture, on_page
-from tl_headnorm.run.files import write_text
 
 CHOSEN, OTHERS, CLEAN = "#0072b2", "#999999", "#333333"
 WAYS = ("#7f7f7f", "#0072b2", "#56b4e9", "#009e73", "#cc79a7", "#e69f00", "#d55e00")
@@ -280,87 +278,3 @@ def _by_token(
     axes.set_xlabel("new token", fontsize=8)
     axes.legend(fontsize=6.5, frameon=False)
     page.update_xaxes(title="new token", row=1, col=3)
-
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5;
-  --soft: #666666; --bar: #0072b2; --hit: #ffe08a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181c; --line: #3a3d44;
-  --soft: #a0a0a0; --bar: #56b4e9; --hit: #6b5300; } }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  margin: 1.5rem auto; max-width: 1500px; padding: 0 1rem; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1.05rem; margin: 1.8rem 0 .3rem; }
-.prompt { white-space: pre-wrap; border-left: 3px solid var(--line); padding: .2rem .7rem; }
-.row { display: flex; gap: .8rem; overflow-x: auto; padding: .4rem 0; }
-.way { flex: 1 0 240px; border: 1px solid var(--line); border-radius: 6px; padding: .5rem .7rem; }
-.way h3 { margin: 0 0 .3rem; font-size: .92rem; } .note { color: var(--soft); font-size: .82rem; }
-.step { margin: .25rem 0; overflow-wrap: anywhere; }
-.bar { display: block; height: 4px; background: var(--bar); border-radius: 2px; margin-top: 1px; }
-mark { background: var(--hit); color: inherit; border-radius: 2px; }
-"""
-
-
-def marked(text: str, phrases: Sequence[str]) -> str:
-    """The text as HTML with every occurrence of a phrase marked, whatever its case."""
-    import re
-
-    wanted = "|".join(re.escape(p) for p in sorted(phrases, key=len, reverse=True))
-    if not wanted:
-        return html.escape(text)
-    parts = re.split(f"({wanted})", text, flags=re.IGNORECASE)
-    return "".join(
-        f"<mark>{html.escape(part)}</mark>" if i % 2 else html.escape(part)
-        for i, part in enumerate(parts)
-    )
-
-
-def save_answers(
-    answers: Sequence[Mapping[str, Any]], prompts: Mapping[str, Mapping[str, Any]], path: Path,
-    title: str,
-) -> None:  # fmt: skip
-    """One page: per prompt every way's answer side by side, each line with its attention."""
-    most = max((s["keyword_weight"] for a in answers for s in a["steps"]), default=0.0) or 1.0
-    parts = [
-        f"<h1>{html.escape(title)}</h1><p class='note'>Marked: the texts that must appear. Bars: "
-        f"attention to the keywords while a line was written, mean over the steered heads "
-        f"(the longest is {most:.3g}).</p>"
-    ]
-    groups: dict[tuple[str, bool, int], list[Mapping[str, Any]]] = {}
-    for answer in answers:
-        key = (answer["prompt"], answer["distracted"], answer["seed"])
-        groups.setdefault(key, []).append(answer)
-    last = None
-    for (identity, distracted, seed), group in groups.items():
-        needed = prompts[identity]["must_include"]
-        if identity != last:
-            keywords = ", ".join(prompts[identity]["keywords"])
-            parts.append(
-                f"<h2>Prompt {html.escape(identity)}</h2><div class='prompt'>"
-                f"{html.escape(prompts[identity]['prompt'])}</div><p class='note'>steered to: "
-                f"{html.escape(keywords)}; must include: "
-                f"{html.escape(', '.join(needed) or '–')}</p>"
-            )
-            last = identity
-        note = f"seed {seed}{', with the distracting text' if distracted else ''}"
-        boxes = "".join(_box(answer, needed, most) for answer in group)
-        parts.append(f"<p class='note'>{note}</p><div class='row'>{boxes}</div>")
-    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    write_text(
-        path, f"<!DOCTYPE html><html><head>{head}</head><body>{''.join(parts)}</body></html>"
-    )
-
-
-def _box(answer: Mapping[str, Any], needed: Sequence[str], most: float) -> str:
-    lines = "".join(
-        f"<div class='step' title='attention {step['keyword_weight']:.4g}'>"
-        f"{marked(step['text'], needed)}<span class='bar' "
-        f"style='width:{100 * step['keyword_weight'] / most:.1f}%'></span></div>"
-        for step in answer["steps"]
-    )
-    state = "no text asked for" if not needed else (
-        "all there" if not answer["missing"] else f"missing: {', '.join(answer['missing'])}"
-    )  # fmt: skip
-    return (
-        f"<div class='way'><h3>{html.escape(answer['way'])}</h3><div class='note'>"
-        f"{html.escape(state)}</div>{lines}</div>"
-    )
