@@ -62,7 +62,7 @@ def padded(tokenizer, side):
 
 def every_pattern(model, ids, mask):
     found = {}
-    read_patterns(model.tl, ids, mask, range(model.info.n_layers), found.__setitem__)
+    read_patterns(model.engine, ids, mask, range(model.info.n_layers), found.__setitem__)
     return torch.stack([found[layer] for layer in range(model.info.n_layers)], 1)
 
 
@@ -104,7 +104,7 @@ def test_the_short_block_gives_way_and_the_pass_ends_early(stories):
     for layer, block in enumerate(stories.tl.blocks):
         block.hook_resid_post.add_hook(lambda x, hook, layer=layer: ran.append(layer))
     try:
-        read_patterns(stories.tl, ids, ones, [1, 2], seen.__setitem__)
+        read_patterns(stories.engine, ids, ones, [1, 2], seen.__setitem__)
     finally:
         stories.tl.reset_hooks()
     assert sorted(seen) == [1, 2]
@@ -112,7 +112,7 @@ def test_the_short_block_gives_way_and_the_pass_ends_early(stories):
     full = every_pattern(stories, ids, ones)
     for layer in (1, 2):
         torch.testing.assert_close(seen[layer], full[:, layer])
-    read_patterns(stories.tl, ids, ones, [], seen.__setitem__)
+    read_patterns(stories.engine, ids, ones, [], seen.__setitem__)
     assert sorted(seen) == [1, 2]
 
 
@@ -131,10 +131,10 @@ def test_one_layers_pattern_at_a_time(sources, engine):
         kept.append(pattern)
         take(layer, pattern)
 
-    read_patterns(model.tl, ids, torch.ones_like(ids), range(5), take)
+    read_patterns(model.engine, ids, torch.ones_like(ids), range(5), take)
     assert alive == [1] * 5
     refs.clear(), alive.clear()
-    read_patterns(model.tl, ids, torch.ones_like(ids), range(5), cached)
+    read_patterns(model.engine, ids, torch.ones_like(ids), range(5), cached)
     assert alive == [1, 2, 3, 4, 5]
 
 

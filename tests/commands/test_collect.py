@@ -11,7 +11,7 @@ from handmade import as_model, hooked, llama
 from tl_headnorm import collect, heatmap, load_model, load_questions
 from tl_headnorm.commands.collect.measuring import measure_samples
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward, hook_names, memory
+from tl_headnorm.engine import hook_names, memory
 from tl_headnorm.errors import InputError
 from tl_headnorm.run.store import RowFile
 
@@ -153,16 +153,16 @@ def test_the_norms_come_from_run_with_cache_filtered_to_z(monkeypatch, tiny, que
 
 
 def test_a_layer_that_does_not_fire_is_nan_with_count_zero(monkeypatch, tiny, questions):
-    original = forward.run_layers
+    original = tiny.engine.run_layers
 
-    def without_layer_two(tl, ids, mask, take, **kwargs):
+    def without_layer_two(ids, mask, take, **kwargs):
         def most(layer, read):
             if layer != 2:
                 take(layer, read)
 
-        return original(tl, ids, mask, most, **kwargs)
+        return original(ids, mask, most, **kwargs)
 
-    monkeypatch.setattr(forward, "run_layers", without_layer_two)
+    monkeypatch.setattr(tiny.engine, "run_layers", without_layer_two)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = collect(tiny, questions, progress=False)

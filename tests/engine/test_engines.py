@@ -9,10 +9,10 @@ from handmade import FAMILY_MODELS, family_model, llama
 from test_hugging_face import NAMES, random_samples, worst
 
 from tl_headnorm.commands.collect.measuring import measure_samples
-from tl_headnorm.engine import families, forward
+from tl_headnorm.engine import families, select
 from tl_headnorm.engine.families import has_hooked
+from tl_headnorm.engine.protocol import Start
 from tl_headnorm.errors import InputError
-from tl_headnorm.model import loading
 from tl_headnorm.model.loading import load_model
 from tl_headnorm.model.self_check import check_model, relative_difference
 from tl_headnorm.oracle import hugging_face
@@ -41,7 +41,7 @@ def test_bridge_equals_hugging_face(name):
         ids, mask = inputs(left)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         theirs = hf_model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-        ours = forward.logits(loaded.tl, forward.run_resid(loaded.tl, ids, mask))
+        ours = loaded.engine.logits(loaded.engine.run(Start(ids), mask))
         assert relative_difference(ours[mask.bool()], theirs[mask.bool()]) < 1e-5
     for token_agg in ("last", "all"):
         for side in ("left", "right"):
@@ -68,15 +68,15 @@ def test_the_two_engines_agree(name):
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_bridges_prefix_changes_nothing(name, left):
     """Gemma 2's window counts positions: a gap of padding in a row would be felt."""
-    tl = load_model(hf_model=family_model(name), engine="bridge").tl
+    engine = load_model(hf_model=family_model(name), engine="bridge").engine
     ids, mask = inputs(left)
     head = torch.randint(3, 97, (1, 9))
-    seen = forward.run_z(tl, ids, mask, prefix=forward.run_prefix(tl, head[0].tolist()))
-    resid = forward.run_resid(tl, ids, mask, prefix=forward.run_prefix(tl, head[0].tolist()))
+    seen = engine.run_z(ids, mask, prefix=engine.run_prefix(head[0].tolist()))
+    resid = engine.run(Start(ids), mask, prefix=engine.run_prefix(head[0].tolist()))
     for row in range(3):
         real = mask[row].bool()
         alone = torch.cat([head, ids[row][real][None]], 1)
-        truth = forward.run_z(tl, alone, torch.ones_like(alone))
+        truth = engine.run_z(alone, torch.ones_like(alone))
         for layer, z in truth.z.items():
             torch.testing.assert_close(seen.z[layer][row][real], z[0, 9:], rtol=0, atol=1e-4)
         torch.testing.assert_close(seen.resid[row][real], truth.resid[0, 9:], rtol=0, atol=1e-4)
@@ -84,13 +84,13 @@ def test_a_bridges_prefix_changes_nothing(name, left):
 
 
 def test_zeroing_heads_on_the_bridge():
-    tl = load_model(hf_model=llama(), engine="bridge").tl
+    engine = load_model(hf_model=llama(), engine="bridge").engine
     ids, mask = inputs()
-    names = [forward.head_sum_name(tl, 1)]
-    with forward.zero_heads(tl, [(1, head) for head in range(6)]):
-        seen = forward.run_z(tl, ids, mask, extra=names)
+    names = [engine.head_sum_name(1)]
+    with engine.zero_heads([(1, head) for head in range(6)]):
+        seen = engine.run_z(ids, mask, extra=names)
     assert seen.extra[names[0]].abs().max() == 0  # this family has no b_O
-    assert forward.run_z(tl, ids, mask, extra=names).extra[names[0]].abs().max() > 0
+    assert engine.run_z(ids, mask, extra=names).extra[names[0]].abs().max() > 0
 
 
 def test_the_callers_model_stays_as_it_was():
@@ -125,7 +125,7 @@ def test_a_tokenizer_is_not_changed(bpe):
 
 
 def test_auto_says_once_that_it_takes_the_bridge(caplog):
-    loading._said.clear()
+    select._said.clear()
     with caplog.at_level(logging.WARNING, "tl_headnorm"):
         for _ in range(2):
             loaded = load_model(hf_model=family_model("gemma2"), engine="auto")
@@ -144,7 +144,7 @@ def test_auto_takes_hooked_where_it_knows_the_family(caplog):
 
 
 def test_hooked_is_refused_where_it_is_gone(monkeypatch):
-    for module in (loading, families):
+    for module in (select, families):
         monkeypatch.setattr(module, "has_hooked", lambda: False)
     with pytest.raises(InputError, match=r"expected transformer-lens 3\.9 .*--engine bridge"):
         load_model(hf_model=llama(), engine="hooked")
@@ -247,14 +247,14 @@ def test_both_lines_are_tested_with_the_same_versions():
 @pytest.mark.parametrize("name", FAMILY_MODELS)
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_bridge_begins_at_any_layer(name, layer):
-    tl = load_model(hf_model=family_model(name), engine="bridge", self_check=False).tl
+    engine = load_model(hf_model=family_model(name), engine="bridge", self_check=False).engine
     ids, mask = inputs(left=True)
     point = f"blocks.{layer}.hook_resid_pre"
-    truth = forward.run_z(tl, ids, mask, extra=[point])
+    truth = engine.run_z(ids, mask, extra=[point])
     start = truth.extra[point].clone().requires_grad_()
     seen = []
-    with tl.hooks(fwd_hooks=[(point, lambda resid, hook: seen.append(resid))]):
-        found = forward.to_last_block(tl, start, mask, start_layer=layer)
+    hooks = [(point, lambda resid, hook: seen.append(resid))]
+    found = engine.run(Start(layer=layer, resid=start), mask, hooks)
     torch.testing.assert_close(found, truth.resid, rtol=0, atol=1e-5)
     torch.testing.assert_close(seen[0], start)
     found.sum().backward()

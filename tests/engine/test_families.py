@@ -12,8 +12,9 @@ from handmade import FAMILY_MODELS, family_model
 from test_hugging_face import random_samples, worst
 
 from tl_headnorm.commands.collect.measuring import measure_samples
-from tl_headnorm.engine import forward, hook_names, short_blocks
+from tl_headnorm.engine import hook_names, short_blocks
 from tl_headnorm.engine.families import FAMILIES, has_hooked
+from tl_headnorm.engine.select import engine_of
 from tl_headnorm.errors import InputError
 from tl_headnorm.model.loading import load_model
 from tl_headnorm.model.self_check import relative_difference
@@ -57,11 +58,11 @@ def test_heads_sum_to_the_attention_output(name):
     model = load_model(hf_model=family_model(name, torch.float64), engine="hooked")
     ids, mask = inputs()
     names = [hook_names.attn_out(layer) for layer in range(model.info.n_layers)]
-    seen = forward.run_z(model.tl, ids, mask, extra=names)
+    seen = model.engine.run_z(ids, mask, extra=names)
     for layer, out in enumerate(names):
-        total = torch.einsum("bphd,hdm->bpm", seen.z[layer], forward.W_O(model.tl, layer))
+        total = torch.einsum("bphd,hdm->bpm", seen.z[layer], model.engine.W_O(layer))
         torch.testing.assert_close(
-            total + forward.b_O(model.tl, layer), seen.extra[out], rtol=0, atol=1e-12
+            total + model.engine.b_O(layer), seen.extra[out], rtol=0, atol=1e-12
         )
 
 
@@ -125,9 +126,9 @@ def test_the_short_forward_serves_the_families_it_knows(name):
 def test_the_short_forward_equals_the_stock_one(name):
     tl = load_model(hf_model=family_model(name, torch.float64), engine="hooked").tl
     ids, mask = inputs(left=True)
-    short = forward.run_z(tl, ids, mask)
+    short = engine_of(tl).run_z(ids, mask)
     short_blocks.uninstall(tl)
-    stock = forward.run_z(tl, ids, mask)
+    stock = engine_of(tl).run_z(ids, mask)
     real = mask.bool()
     for layer, z in short.z.items():
         torch.testing.assert_close(z[real], stock.z[layer][real])
@@ -139,12 +140,12 @@ def test_b_V_is_part_of_z():
     hf_model = family_model("qwen2")
     model = load_model(hf_model=hf_model, engine="hooked")
     ids, mask = inputs()
-    with_bias = forward.run_z(model.tl, ids, mask).z[0]
+    with_bias = model.engine.run_z(ids, mask).z[0]
     bias = hf_model.model.layers[0].self_attn.v_proj.bias
     expected = bias.view(2, 8).repeat_interleave(3, dim=0)  # two key/value heads for six
     assert expected.abs().min() > 0
     bias.data = torch.zeros_like(bias)
-    without = forward.run_z(load_model(hf_model=hf_model, engine="hooked").tl, ids, mask).z[0]
+    without = load_model(hf_model=hf_model, engine="hooked").engine.run_z(ids, mask).z[0]
     for difference in (with_bias - without)[mask.bool()]:
         torch.testing.assert_close(difference, expected, rtol=0, atol=1e-5)
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from handmade import llama
 
-from tl_headnorm.engine import forward, hook_names, short_blocks
+from tl_headnorm.engine import hook_names, short_blocks
+from tl_headnorm.engine.protocol import Tail
+from tl_headnorm.engine.select import engine_of
 from tl_headnorm.model.loading import load_model
 
 
@@ -32,9 +34,9 @@ def test_every_fired_hook_point_sees_the_stock_values(tl, left):
     ids, mask = inputs(left)
     real = mask.bool()
     names = [f"blocks.{layer}.{point}" for layer in range(3) for point in short_blocks.FIRED]
-    fired = forward.run_z(tl, ids, mask, extra=names)
+    fired = engine_of(tl).run_z(ids, mask, extra=names)
     short_blocks.uninstall(tl)
-    stock = forward.run_z(tl, ids, mask, extra=names)
+    stock = engine_of(tl).run_z(ids, mask, extra=names)
     assert not short_blocks.installed(tl)
     assert set(fired.extra) == set(stock.extra) == set(names)
     for name in names:
@@ -56,19 +58,19 @@ def test_watching_any_other_point_runs_the_stock_forward(tl, monkeypatch):
     block = tl.blocks[1]
     original = block.stock_forward
     block.stock_forward = lambda *a, **k: calls.append(1) or original(*a, **k)
-    forward.run_z(tl, ids, mask)
+    engine_of(tl).run_z(ids, mask)
     assert not calls
-    forward.run_z(tl, ids, mask, extra=["blocks.1.attn.hook_attn_scores"])
+    engine_of(tl).run_z(ids, mask, extra=["blocks.1.attn.hook_attn_scores"])
     assert calls
 
 
 def test_editing_reaches_the_output_as_in_the_stock_forward(tl):
     ids, mask = inputs()
-    with forward.zero_heads(tl, [(0, 1), (2, 3)]):
-        short = forward.run_z(tl, ids, mask).resid
+    with engine_of(tl).zero_heads([(0, 1), (2, 3)]):
+        short = engine_of(tl).run_z(ids, mask).resid
     short_blocks.uninstall(tl)
-    with forward.zero_heads(tl, [(0, 1), (2, 3)]):
-        stock = forward.run_z(tl, ids, mask).resid
+    with engine_of(tl).zero_heads([(0, 1), (2, 3)]):
+        stock = engine_of(tl).run_z(ids, mask).resid
     torch.testing.assert_close(short[mask.bool()], stock[mask.bool()])
 
 
@@ -96,17 +98,16 @@ def test_a_prefix_and_a_tail_change_nothing(tl, left, installed, z_everywhere, r
     ids, mask = inputs(left)
     head = torch.randint(3, 97, (1, 9)).expand(3, 9)
     whole = torch.cat([head, ids], dim=1), torch.cat([torch.ones_like(head), mask], dim=1)
-    truth = forward.run_z(tl, *whole)
+    truth = engine_of(tl).run_z(*whole)
     if not installed:
         short_blocks.uninstall(tl)
     last = 10 - mask.flip(1).argmax(1)
-    prefix = forward.run_prefix(tl, head[0].tolist())
-    seen = forward.run_z(
-        tl,
+    prefix = engine_of(tl).run_prefix(head[0].tolist())
+    seen = engine_of(tl).run_z(
         ids,
         mask,
         prefix=prefix,
-        tail=short_blocks.Tail(last, z_everywhere=z_everywhere, resid=resid),
+        tail=Tail(last, z_everywhere=z_everywhere, resid=resid),
     )
     rows = torch.arange(3)
     for layer in range(3):
@@ -129,18 +130,18 @@ def test_the_last_block_does_no_more_than_asked(tl):
     block = tl.blocks[-1]
     block.mlp.register_forward_hook(lambda *_: done.append("mlp"))
     watch = [f"blocks.{len(tl.blocks) - 1}.{p}" for p in ("hook_mlp_out", "hook_attn_out")]
-    tail = short_blocks.Tail(torch.tensor([10, 6, 3]), z_everywhere=False, resid=False)
-    assert forward.run_z(tl, ids, mask, tail=tail, extra=watch).extra == {}
-    tail = short_blocks.Tail(tail.last, z_everywhere=False, resid=True)
-    seen = forward.run_z(tl, ids, mask, tail=tail, extra=watch).extra
+    tail = Tail(torch.tensor([10, 6, 3]), z_everywhere=False, resid=False)
+    assert engine_of(tl).run_z(ids, mask, tail=tail, extra=watch).extra == {}
+    tail = Tail(tail.last, z_everywhere=False, resid=True)
+    seen = engine_of(tl).run_z(ids, mask, tail=tail, extra=watch).extra
     assert all(value.shape[1] == 1 for value in seen.values())
 
 
 def test_a_mask_changed_in_place_is_seen(tl):
     ids, mask = inputs()
-    before = forward.run_z(tl, ids, mask).resid
+    before = engine_of(tl).run_z(ids, mask).resid
     mask[0, :5] = 0
-    after = forward.run_z(tl, ids, mask).resid
+    after = engine_of(tl).run_z(ids, mask).resid
     assert not torch.allclose(before[0, -1], after[0, -1])
 
 

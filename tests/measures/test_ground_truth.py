@@ -7,7 +7,7 @@ from handmade import as_model, hooked
 
 from tl_headnorm.commands.collect.measuring import measure_samples
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward
+from tl_headnorm.engine.select import engine_of
 
 TOKENS = [1, 5, 3, 11, 8, 2, 13, 4, 9]
 OUTPUT, CONTRIBUTION = "head_output_norm", "head_resid_contrib_norm"
@@ -30,7 +30,7 @@ def test_null_head_has_output_but_no_contribution():
     clean = tl(ids)
     effects = []
     for head in range(3):
-        with forward.zero_heads(tl, [(0, head)]):
+        with engine_of(tl).zero_heads([(0, head)]):
             effects.append((tl(ids) - clean).abs().max().item())
     assert effects[2] == 0
     assert min(effects[:2]) > 0.1
@@ -41,11 +41,11 @@ def test_linear_model_leave_one_out_is_the_contribution():
     """One layer, no norm: dropping head h moves the residual by exactly ||z_h W_O^h||."""
     tl = hooked(n_layers=1)
     ids, mask = torch.tensor([TOKENS]), torch.ones(1, len(TOKENS), dtype=torch.long)
-    clean = forward.run_z(tl, ids, mask).resid
+    clean = engine_of(tl).run_z(ids, mask).resid
     values = measure_samples(as_model(tl), samples(9)).values[CONTRIBUTION]
     for head in range(3):
-        with forward.zero_heads(tl, [(0, head)]):
-            without = forward.run_z(tl, ids, mask).resid
+        with engine_of(tl).zero_heads([(0, head)]):
+            without = engine_of(tl).run_z(ids, mask).resid
         moved = (clean - without)[0, -1].norm().item()
         assert values[0, 0, head] == pytest.approx(moved, rel=1e-6)
 
@@ -117,17 +117,17 @@ def test_grouped_query_twins(twins):
         np.testing.assert_allclose(values[name][:, 0, 0], values[name][:, 0, 1], rtol=1e-7)
         assert (np.abs(values[name][:, 0, 0] - values[name][:, 0, 2]) > 1e-3).all()
     ids, mask = torch.tensor([TOKENS]), torch.ones(1, 9, dtype=torch.long)
-    z = forward.run_z(twins, ids, mask).z
-    with forward.zero_heads(twins, [(0, 0)]):
-        spared = forward.run_z(twins, ids, mask).z
+    z = engine_of(twins).run_z(ids, mask).z
+    with engine_of(twins).zero_heads([(0, 0)]):
+        spared = engine_of(twins).run_z(ids, mask).z
     assert (spared[0][:, :, 0] == 0).all()
     torch.testing.assert_close(spared[0][:, :, 1:], z[0][:, :, 1:])
     # Opposite effects on any direction: leaving out either moves the residual oppositely.
-    clean = forward.run_z(twins, ids, mask).resid
+    clean = engine_of(twins).run_z(ids, mask).resid
     moves = []
     for head in (0, 1):
-        with forward.zero_heads(twins, [(0, head)]):
-            moves.append(clean - forward.run_z(twins, ids, mask).resid)
+        with engine_of(twins).zero_heads([(0, head)]):
+            moves.append(clean - engine_of(twins).run_z(ids, mask).resid)
     torch.testing.assert_close(moves[0], -moves[1])
 
 
@@ -139,6 +139,6 @@ def test_zeroing_the_shared_value_kills_both_twins(twins):
 
     ids, mask = torch.tensor([TOKENS]), torch.ones(1, 9, dtype=torch.long)
     with twins.hooks(fwd_hooks=[("blocks.0.attn.hook_v", zero_first_value_head)]):
-        z = forward.run_z(twins, ids, mask).z
+        z = engine_of(twins).run_z(ids, mask).z
     assert (z[0][:, :, :2] == 0).all()
     assert (z[0][:, :, 2:].abs() > 0).any()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from handmade import llama
 
-from tl_headnorm.engine import forward, hook_names
+from tl_headnorm.engine import hook_names
 from tl_headnorm.errors import InputError
 from tl_headnorm.model.loading import load_model
 from tl_headnorm.model.self_check import check_model, relative_difference
@@ -84,12 +84,12 @@ def test_heads_sum_to_the_attention_output():
     model = load_model(hf_model=llama(dtype=torch.float64, attention_bias=True))
     ids = torch.arange(20)[None]
     names = [hook_names.attn_out(layer) for layer in range(3)]
-    seen = forward.run_z(model.tl, ids, torch.ones_like(ids), extra=names)
+    seen = model.engine.run_z(ids, torch.ones_like(ids), extra=names)
     z, outputs = seen.z, seen.extra
     for layer, name in enumerate(names):
-        total = torch.einsum("bphd,hdm->bpm", z[layer], forward.W_O(model.tl, layer))
+        total = torch.einsum("bphd,hdm->bpm", z[layer], model.engine.W_O(layer))
         torch.testing.assert_close(
-            total + forward.b_O(model.tl, layer), outputs[name], rtol=0, atol=1e-13
+            total + model.engine.b_O(layer), outputs[name], rtol=0, atol=1e-13
         )
 
 
@@ -158,8 +158,8 @@ def test_self_check_catches_a_folded_value_bias():
         attention.b_O = torch.nn.Parameter(folded, requires_grad=False)
     check_model(model)  # logits are the same: only the comparison of z can tell
     ids = torch.arange(8)[None]
-    z = forward.run_z(model.tl, ids, torch.ones_like(ids)).z
-    raw = forward.run_z(load_model(hf_model=hf).tl, ids, torch.ones_like(ids)).z
+    z = model.engine.run_z(ids, torch.ones_like(ids)).z
+    raw = load_model(hf_model=hf).engine.run_z(ids, torch.ones_like(ids)).z
     assert not np.allclose(z[1], raw[1], atol=1e-2)
 
 
@@ -167,6 +167,6 @@ def test_self_check_catches_hooks_that_do_not_reach(monkeypatch):
     from contextlib import nullcontext
 
     model = load_model(hf_model=llama())
-    monkeypatch.setattr(forward, "zero_heads", lambda tl, heads: nullcontext())
+    monkeypatch.setattr(type(model.engine), "zero_heads", lambda engine, heads: nullcontext())
     with pytest.raises(InputError, match="expected zeroing head"):
         check_model(model)

@@ -7,7 +7,7 @@ from handmade import llama
 
 from tl_headnorm.commands.collect.measuring import measure_samples
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward, hook_names
+from tl_headnorm.engine import hook_names
 from tl_headnorm.model.loading import load_model
 from tl_headnorm.oracle import hugging_face
 
@@ -64,7 +64,7 @@ def test_the_oracle_catches_slicing_the_output_of_W_O():
     for sample in samples:
         ids = torch.tensor([sample.ids])
         names = [hook_names.attn_out(layer) for layer in range(3)]
-        outputs = forward.run_z(model.tl, ids, torch.ones_like(ids), extra=names).extra
+        outputs = model.engine.run_z(ids, torch.ones_like(ids), extra=names).extra
         rows = [outputs[name][0, -1].reshape(6, 8).norm(dim=-1).numpy() for name in names]
         rival.append(rows)
     assert hugging_face.compare(np.array(rival, np.float64), theirs)["worst_relative"] > 0.1

@@ -300,7 +300,7 @@ class Engine(Protocol):
         """Token embeddings."""
         tl = self.tl
         table: Tensor = tl.embed.W_E if hasattr(tl.embed, "W_E") else tl.W_E
-        return table
+        return table.detach()
 
     def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
         """Final norm and unembedding of residual vectors."""

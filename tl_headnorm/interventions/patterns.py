@@ -8,15 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.protocol import Hook, Start
-from tl_headnorm.engine.select import engine_of
+from tl_headnorm.engine.protocol import Engine, Hook, Start
 
 TakePattern = Callable[[int, Tensor], None]
 
 
 @torch.inference_mode()
 def read_patterns(
-    tl: Any,
+    engine: Engine,
     ids: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
     layers: Sequence[int],
@@ -40,7 +39,7 @@ def read_patterns(
         return hook_names.pattern(layer), read
 
     readers = [reader(layer) for layer in layers]
-    engine_of(tl).run(Start(ids), mask, readers, stop=max(layers) + 1)
+    engine.run(Start(ids), mask, readers, stop=max(layers) + 1)
 
 
 def at_last_query(

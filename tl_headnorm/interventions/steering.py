@@ -20,10 +20,9 @@ from tl_headnorm.data.plan import Group, plan_batches
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names
 from tl_headnorm.engine.memory import auto_batch_tokens
-from tl_headnorm.engine.protocol import Tail
+from tl_headnorm.engine.protocol import Hook, Start, Tail
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions import edits
-from tl_headnorm.interventions.edits import Hook, Start
 from tl_headnorm.interventions.heads import Heads
 from tl_headnorm.measures import last_real_position, take_position
 from tl_headnorm.model.loading import Model
@@ -179,7 +178,7 @@ def run_steered(
     bound = how.max_batch_tokens
     most = auto_batch_tokens(model) if bound == "auto" else int(bound)
     # A bridge's own mask handling is only relied on where padding cannot come before a token.
-    side = how.padding_side if edits.can_start_late(model.tl) else "right"
+    side = how.padding_side if model.engine.starts_late else "right"
     bar = tqdm(total=len(samples) * n_runs, unit="run", disable=not progress, desc="steer")
     for chosen in plan_batches(Group(tuple(samples), 0), how.batch_size, most):
         rows = [row_of[sample.index] for sample in chosen]
@@ -217,7 +216,7 @@ class _SteeredRuns:
         self.last = last_real_position(self.mask)
         self.span = span_mask(spans, self.mask)
         self.layers = sorted({layer for s in steerings for layer, _ in s.heads})
-        self.share = how.share and edits.can_start_late(model.tl)
+        self.share = how.share and model.engine.starts_late
         self.before: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[Rows]:
@@ -276,7 +275,7 @@ class _SteeredRuns:
             for layer in self.layers
             if layer >= first
         ]
-        resid = edits.run_hooked(self.model.tl, begin, mask, [*hooks, *readers], tail)
+        resid = self.model.engine.run(begin, mask, [*hooks, *readers], tail=tail)
         if tail is not None and resid.shape[1] > 1:
             resid = take_position(resid, last)
         size = (n, len(self.batch))

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward
 from tl_headnorm.engine.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory
-from tl_headnorm.engine.protocol import Tail
+from tl_headnorm.engine.protocol import Prefix, Tail
 from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.measures import (
     NORMS,
@@ -80,7 +79,7 @@ class Found:
 def factors_of(model: Model) -> dict[int, Float[Tensor, "head k d_head"]]:
     """The contribution factor of every layer."""
     layers = range(model.info.n_layers)
-    return {layer: contribution_factor(forward.W_O(model.tl, layer)) for layer in layers}
+    return {layer: contribution_factor(model.engine.W_O(layer)) for layer in layers}
 
 
 def most_tokens(model: Model, how: How, longest: int) -> int:
@@ -100,17 +99,16 @@ class Measurer:
     def __init__(self, model: Model, factors: Factors, how: How, prefix: Sequence[int]) -> None:
         self.model, self.how = model, how
         self.weights = {
-            layer: Weights(forward.W_O(model.tl, layer), forward.b_O(model.tl, layer), factor)
+            layer: Weights(model.engine.W_O(layer), model.engine.b_O(layer), factor)
             for layer, factor in factors.items()
         }
         # Per measure and layer (sum, count) over the prefix: constants of every prompt.
         self.before: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self.prefix: forward.Prefix | None = None
+        self.prefix: Prefix | None = None
         if prefix:
             whole = any(not m.at_last(how.token_agg) for m in how.measures)
-            self.prefix = forward.run_prefix(
-                model.tl, prefix, reads=how.reads if whole else (),
-                take=self._take_prefix if whole else lambda layer, read: None,
+            self.prefix = model.engine.run_prefix(prefix, reads=how.reads if whole else (),
+                on_layer=self._take_prefix if whole else lambda layer, read: None,
             )  # fmt: skip
 
     def _take_prefix(self, layer: int, read: dict[str, Tensor]) -> None:
@@ -146,14 +144,14 @@ class Measurer:
             for name, values in self.of_layer(layer, read, mask, last).items():
                 columns[name][layer] = values
 
-        resid = forward.run_layers(
-            model.tl, ids, mask, take, reads=how.reads, prefix=self.prefix, tail=tail
+        resid = model.engine.run_layers(
+            ids, mask, take, reads=how.reads, prefix=self.prefix, tail=tail
         )
         layers = range(model.info.n_layers)
         missing = tuple(i for i in layers if any(i not in c for c in columns.values()))
         nothing = torch.full((len(mask), model.info.n_heads), torch.nan, device=model.device)
         nothing = nothing.to(self.weights[0].factor.dtype)
-        scale = forward.final_scale(model.tl, resid[:, 0]) if how.final_scale else None
+        scale = model.engine.final_scale(resid[:, 0]) if how.final_scale else None
         values = {}
         for measure in how.measures:
             found = [columns[measure.name].get(layer, nothing) for layer in layers]
@@ -180,7 +178,7 @@ class Measurer:
             read = {k: _at(v, last) if k != "answer" else v for k, v in read.items()}
             real, place = take_position(real, last), take_position(place, last)
         elif self.prefix and "v" in read:
-            read["past_v"] = forward.past_values(self.model.tl, self.prefix, layer)
+            read["past_v"] = self.model.engine.prefix_values(self.prefix, layer)
         return Seen(read.pop("z"), real, place, keys, self.weights[layer], read)
 
     def _of_layer(self, measure: Measure, layer: int, seen: Seen, last: Tensor) -> Tensor:
@@ -231,7 +229,7 @@ class Measurer:
         device = self.model.device
         letters, counts = _letters(batch, device)
         answers = torch.tensor([self.how.answers[s.index] for s in batch.samples], device=device)
-        return forward.answer_directions(self.model.tl, letters, counts, answers)
+        return self.model.engine.answer_directions(letters, counts, answers)
 
 
 def _at(x: Tensor, last: Tensor) -> Tensor:
@@ -258,5 +256,5 @@ def _predict(
     # Repeats are left out by position: their logits may differ from the first one's by a
     # rounding, and argmax would take them.
     beyond = torch.arange(letter_ids.shape[1], device=model.device) >= counts[:, None]
-    logits = forward.letter_logits(model.tl, resid, letter_ids).masked_fill(beyond, -torch.inf)
+    logits = model.engine.token_logits(resid, letter_ids).masked_fill(beyond, -torch.inf)
     return logits.argmax(dim=1).cpu().numpy()

@@ -1,6 +1,5 @@
 """Loading: a hub id or a directory in Hugging Face format becomes a model that proves itself."""
 
-import logging
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,10 +7,8 @@ from typing import Any
 
 import torch
 
-from tl_headnorm.engine.bridge import build_bridge
-from tl_headnorm.engine.families import Unsupported, build_hooked, has_hooked
 from tl_headnorm.engine.protocol import Engine
-from tl_headnorm.engine.select import engine_of
+from tl_headnorm.engine.select import ENGINES, build, engine_of
 from tl_headnorm.errors import InputError, first_line, nearest
 from tl_headnorm.model.pretrained import builtin, check_not_quantized, load_pretrained
 
@@ -21,10 +18,8 @@ DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-ENGINES = ("auto", "hooked", "bridge")
 # accelerate's ways to spread the layers over the devices; a dict places them one by one.
 SPREADS = ("balanced", "balanced_low_0", "sequential")
-_said: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,7 @@ def load_model(
         from tl_headnorm.model.adapters import merged
 
         hf_model = merged(hf_model, str(adapter_path), pickled_weights=pickled_weights)
-    tl, used = _engine_for(hf_model, tokenizer, engine)
+    tl, used = build(hf_model, tokenizer, engine)
     info = _info(hf_model, tl, source, revision, used, adapter_path)
     model = Model(tl=tl, hf=hf_model, tokenizer=tokenizer, info=info)
     if self_check:
@@ -162,36 +157,6 @@ def load_model(
 
         check_model(model)
     return model
-
-
-def _engine_for(hf_model: Any, tokenizer: Any, engine: str) -> tuple[Any, str]:
-    """The model in the engine asked for, and that engine's name."""
-    if engine == "bridge":
-        return build_bridge(hf_model, tokenizer), "bridge"
-    if not has_hooked():
-        if engine == "hooked":
-            return build_hooked(hf_model, tokenizer), "hooked"  # says why not
-        _say_once("engine: bridge (this transformer-lens has no HookedTransformer)")
-        return build_bridge(hf_model, tokenizer), "bridge"
-    if len({p.device for p in hf_model.parameters()}) > 1:
-        if engine == "hooked":
-            raise Unsupported("a model on one device", "one on several")
-        _say_once("engine: bridge (the model lies on several devices)")
-        return build_bridge(hf_model, tokenizer), "bridge"
-    try:
-        return build_hooked(hf_model, tokenizer), "hooked"
-    except Unsupported as reason:
-        if engine == "hooked":
-            raise
-        found = str(reason).split("found ", 1)[-1].split(",")[0]
-        _say_once(f"engine: bridge (HookedTransformer does not compute {found})")
-        return build_bridge(hf_model, tokenizer), "bridge"
-
-
-def _say_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
-        logging.getLogger("tl_headnorm").warning(text)
 
 
 def check_placement(hf_model: Any) -> None:

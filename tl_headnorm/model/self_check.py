@@ -8,7 +8,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from tl_headnorm.engine import forward
+from tl_headnorm.engine.protocol import Engine
 from tl_headnorm.errors import InputError
 
 # Largest accepted |difference| / max|reference|: a few hundred roundings of the type.
@@ -37,17 +37,17 @@ def check_model(model: Any) -> dict[str, float]:
     sum_h z_h W_O^h + b_O = attn_out; and zeroing the head that contributes most changes the
     logits. Returns the relative differences found.
     """
-    tl, tolerance = model.tl, TOLERANCE[model.hf.dtype]
+    engine, tolerance = model.engine, TOLERANCE[model.hf.dtype]
     ids, mask = _probe(model)
-    names = [forward.head_sum_name(tl, layer) for layer in range(tl.cfg.n_layers)]
-    seen = forward.run_z(tl, ids, mask, extra=names)
+    names = [engine.head_sum_name(layer) for layer in range(engine.n_layers)]
+    seen = engine.run_z(ids, mask, extra=names)
     z, resid, attn_out = seen.z, seen.resid, seen.extra
-    logits = forward.logits(tl, resid[:, -1:])
+    logits = engine.logits(resid[:, -1:])
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     # All positions, not logits_to_keep=1: a strided slice takes the CPU's unembedding 4 seconds.
     reference = model.hf(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1:]
     found = {"logits": relative_difference(logits, reference)}
-    parts = [_head_sum(tl, z[layer], layer) for layer in z]
+    parts = [_head_sum(engine, z[layer], layer) for layer in z]
     real = mask.bool()
     found["attn_out"] = max(
         relative_difference(total[real], attn_out[name][real])
@@ -65,7 +65,7 @@ def check_model(model: Any) -> dict[str, float]:
                 f"{value:.2g}; this model cannot be measured faithfully "
                 "(--self_check false loads it all the same)"
             )
-    _check_causal(tl, z, ids, mask, resid)
+    _check_causal(engine, z, ids, mask, resid)
     return found
 
 
@@ -77,7 +77,7 @@ def not_finite(model: Any, z: Mapping[int, Tensor]) -> str:
         why = "the weights are finite, so the data type is too narrow: try --dtype fp32 or bf16"
     for layer in sorted(z):
         of_heads = [z[layer].isfinite().all(-1).all(1).all(0),
-                    forward.W_O(model.tl, layer).isfinite().all(-1).all(-1)]  # fmt: skip
+                    model.engine.W_O(layer).isfinite().all(-1).all(-1)]  # fmt: skip
         for finite in of_heads:
             heads = torch.nonzero(~finite).flatten().tolist()
             if heads:
@@ -93,28 +93,28 @@ def _several(heads: list[int]) -> str:
 def _probe(model: Any) -> tuple[Tensor, Tensor]:
     """Two rows of spread-out token ids, the second one padded on the left."""
     length = min(PROBE_LENGTH, model.n_ctx)
-    vocabulary = model.tl.cfg.d_vocab
+    vocabulary = model.engine.cfg.d_vocab
     ids = (torch.arange(1, length + 1) * 7919 % vocabulary).repeat(2, 1)
     mask = torch.ones_like(ids)
     mask[1, : length // 3] = 0
     return ids.to(model.device), mask.to(model.device)
 
 
-def _head_sum(tl: Any, z: Tensor, layer: int) -> Tensor:
+def _head_sum(engine: Engine, z: Tensor, layer: int) -> Tensor:
     wide = torch.promote_types(z.dtype, torch.float32)
-    W_O, b_O = forward.W_O(tl, layer).to(wide), forward.b_O(tl, layer).to(wide)
+    W_O, b_O = engine.W_O(layer).to(wide), engine.b_O(layer).to(wide)
     return einsum(z.to(wide), W_O, "b p h d, h d m -> b p m") + b_O
 
 
-def _check_causal(tl: Any, z: Any, ids: Tensor, mask: Tensor, resid: Tensor) -> None:
+def _check_causal(engine: Engine, z: Any, ids: Tensor, mask: Tensor, resid: Tensor) -> None:
     """The hook must cut the model, not watch it: zeroing the strongest head changes the output."""
     layer = max(z)
     sizes = einsum(
-        z[layer][:, -1].float(), forward.W_O(tl, layer).float(), "b h d, h d m -> b h m"
+        z[layer][:, -1].float(), engine.W_O(layer).float(), "b h d, h d m -> b h m"
     ).norm(dim=-1)
     head = int(sizes[0].argmax())
-    with forward.zero_heads(tl, [(layer, head)]):
-        edited = forward.run_z(tl, ids, mask).resid
+    with engine.zero_heads([(layer, head)]):
+        edited = engine.run_z(ids, mask).resid
     if torch.equal(edited[:, -1], resid[:, -1]):
         raise InputError(
             f"self_check: expected zeroing head {layer}.{head} to change the output, found no "

@@ -13,9 +13,8 @@ from torch import Tensor
 from tl_headnorm.commands.attention.keywords import Keyword, uniform_weight
 from tl_headnorm.data.spans import Span, TokenText, encode_text, token_labels
 from tl_headnorm.data.tokens import ChatText
-from tl_headnorm.engine import forward
+from tl_headnorm.engine.protocol import Start
 from tl_headnorm.errors import InputError
-from tl_headnorm.interventions import edits
 from tl_headnorm.interventions.patterns import at_last_query
 from tl_headnorm.model.loading import Model
 
@@ -207,13 +206,13 @@ def _seen(
 
     heads = range(model.info.n_heads)
     readers = [at_last_query(layer, heads, take) for layer in layers]
-    resid = edits.run_hooked(model.tl, edits.Start(ids), torch.ones_like(ids), readers)
+    resid = model.engine.run(Start(ids), torch.ones_like(ids), readers)
     last = torch.stack([rows[layer] for layer in layers])
     weights = torch.stack([last[:, :, list(k)].sum(2) for k in keys], 2).numpy()
     uniform = np.array([uniform_weight(k, len(tokens) - 1) for k in keys])
     mine = last[:, :, list(own)].sum(2).numpy()
     case = Case(place, weights, uniform, mine, Answer((), ()), len(tokens))
-    return case, forward.logits(model.tl, resid[:, -1:])[0, 0].double().cpu()
+    return case, model.engine.logits(resid[:, -1:])[0, 0].double().cpu()
 
 
 def _answer(logits: Tensor, names: Sequence[tuple[str, int]], among: bool) -> Answer:

@@ -70,18 +70,13 @@ def nearest_words(model: Model, tokens: TokenText, text: str) -> list[tuple[str,
     for word in [w for w in words if not w.isascii()]:
         words |= {tokens.text[a:b].strip() for a, b in tokens.offsets if tokens.text[a:b] in word}
     words = {word for word in words if word}
-    table = _embedding(model.tl)
+    table = model.engine.W_E
     wanted = _vector(model.tokenizer, table, text)
     cosines = {
         w: float(torch.cosine_similarity(wanted, _vector(model.tokenizer, table, w), dim=0))
         for w in words
     }
     return sorted(cosines.items(), key=lambda pair: (-pair[1], pair[0]))
-
-
-def _embedding(tl: Any) -> Float[Tensor, "vocab d_model"]:
-    table = tl.embed.W_E if hasattr(tl.embed, "W_E") else tl.W_E
-    return table.detach()
 
 
 def _vector(tokenizer: Any, table: Tensor, word: str) -> Float[Tensor, " d_model"]:

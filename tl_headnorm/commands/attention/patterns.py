@@ -17,7 +17,6 @@ from tl_headnorm.commands.attention.scores import (
     uniform_pattern,
 )
 from tl_headnorm.data.spans import TokenText, token_labels
-from tl_headnorm.engine import forward
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.heads import Heads, all_heads
 from tl_headnorm.interventions.patterns import read_patterns
@@ -82,7 +81,7 @@ def look(
     every = all_heads(wanted.layers, model.info.n_heads)
     chosen = wanted.heads if wanted.heads is not None else every if len(every) <= room else ()
     reader = _Reader(model, tokens, wanted, keywords, queries, set(chosen), with_means)
-    read_patterns(model.tl, *_row(model, tokens), wanted.layers, reader)
+    read_patterns(model.engine, *_row(model, tokens), wanted.layers, reader)
     found = reader.finish()
     added = contributions(model, tokens, wanted.layers, factors)
     found.run["contribution"] = ("layer", "head"), added
@@ -131,10 +130,10 @@ def contributions(
     Beside first_token it tells a sink that adds nothing from one that matters: attention says
     where a head looks, not what it takes from there. `factors` are contribution_factor(W_O).
     """
-    z = forward.run_z(model.tl, *_row(model, tokens)).z
+    z = model.engine.run_z(*_row(model, tokens)).z
     sizes = []
     for layer in layers:
-        factor = factors[layer] if factors else contribution_factor(forward.W_O(model.tl, layer))
+        factor = factors[layer] if factors else contribution_factor(model.engine.W_O(layer))
         norms = resid_contrib_norm(z[layer], factor)[0].double()
         sizes.append(norms[1:].mean(0).cpu().numpy())
     return np.stack(sizes)
@@ -152,7 +151,7 @@ def patterns_of(
                 kept[at, head] = _half(pattern[0, head])
 
     layers = sorted({layer for layer, _ in heads})
-    read_patterns(model.tl, *_row(model, tokens), layers, take)
+    read_patterns(model.engine, *_row(model, tokens), layers, take)
     return kept
 
 

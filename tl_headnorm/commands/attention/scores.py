@@ -90,8 +90,10 @@ def repeated_tokens(
     No token stands twice in R where the vocabulary allows it.
     """
     special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
-    size = model.tl.cfg.d_vocab if model.tokenizer is None else len(model.tokenizer)
-    ordinary = torch.tensor([i for i in range(min(size, model.tl.cfg.d_vocab)) if i not in special])
+    size = model.engine.cfg.d_vocab if model.tokenizer is None else len(model.tokenizer)
+    ordinary = torch.tensor(
+        [i for i in range(min(size, model.engine.cfg.d_vocab)) if i not in special]
+    )
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(n_sequences):
@@ -126,7 +128,7 @@ def measure_repeated(
             name: torch.stack([e[name] for e in each]).mean(0).cpu() for name in REPEATED
         }
 
-    read_patterns(model.tl, ids, torch.ones_like(ids), layers, take)
+    read_patterns(model.engine, ids, torch.ones_like(ids), layers, take)
     grids = {name: torch.stack([found[layer][name] for layer in layers]) for name in REPEATED}
     uniform = repeated_scores(uniform_pattern(ids.shape[1]), first)
     return grids, {name: float(value[0]) for name, value in uniform.items()}

@@ -18,7 +18,7 @@ from tl_headnorm.data.batches import Batch, batches_in_order
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import load_questions
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward, hook_names, short_blocks
+from tl_headnorm.engine import hook_names, short_blocks
 from tl_headnorm.engine.families import build_hooked
 from tl_headnorm.measures import choose_measures
 from tl_headnorm.model.loading import Model, load_model, resolve_device, resolve_dtype
@@ -168,7 +168,7 @@ def _tl_stock(return_type: str | None) -> Callable[[Bench], Run]:
                 return_type=return_type,
             )
             layers = range(model.info.n_layers)
-            pairs = [straightforward(cache[hook_names.z(i)], forward.W_O(tl, i)) for i in layers]
+            pairs = [straightforward(cache[hook_names.z(i)], model.engine.W_O(i)) for i in layers]
             return both_aggregations(pairs, batch.mask)
 
         return in_batches(bench, step)
@@ -211,7 +211,7 @@ def _ours(token_agg: str, without: str | None = None) -> Callable[[Bench], Run]:
             short_blocks.uninstall(model.tl)
         elif without == "qr":  # every head's d_model vector is formed
             factors = {
-                layer: forward.W_O(model.tl, layer).transpose(1, 2)
+                layer: model.engine.W_O(layer).transpose(1, 2)
                 for layer in range(model.info.n_layers)
             }
         elif without is not None:

@@ -16,7 +16,7 @@ from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import Question
 from tl_headnorm.data.templates import get_template
 from tl_headnorm.data.tokens import Encoded, bos_id, common_prefix_length, token_ids
-from tl_headnorm.engine import forward
+from tl_headnorm.engine.protocol import Start
 from tl_headnorm.errors import InputError
 from tl_headnorm.model.loading import Model
 
@@ -87,14 +87,14 @@ def _score_options(
     samples = [Encoded(i, ids) for i, (ids, _) in enumerate(rows)]
     batch = make_batch(samples, padding_side, skip=shared)
     ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-    prefix = forward.run_prefix(model.tl, rows[0][0][:shared]) if shared else None
-    resid = forward.run_resid(model.tl, ids, mask, prefix=prefix)
+    prefix = model.engine.run_prefix(rows[0][0][:shared]) if shared else None
+    resid = model.engine.run(Start(ids), mask, prefix=prefix)
     totals = []
     for i, (tokens, start) in enumerate(rows):
         real = mask[i].bool().nonzero().flatten()
         first = max(start, 1) - shared  # without BOS the very first token is predicted by nothing
         at, targets = real[first - 1 : -1], ids[i, real[first:]]
-        logits = forward.logits(model.tl, resid[i : i + 1, at])[0]
+        logits = model.engine.logits(resid[i : i + 1, at])[0]
         wide = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
         totals.append(float(wide.gather(1, targets[:, None]).sum()))
         assert len(targets) == len(tokens) - max(start, 1)

@@ -115,7 +115,7 @@ def attention_contrast(
             weights[:, layer] = pattern[rows, :, last].cpu().double().numpy()
 
         read_patterns(
-            model.tl, batch.ids.to(model.device), batch.mask.to(model.device),
+            model.engine, batch.ids.to(model.device), batch.mask.to(model.device),
             range(info.n_layers), take,
         )  # fmt: skip
         for i, sample in enumerate(chosen):
