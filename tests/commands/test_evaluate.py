@@ -54,10 +54,10 @@ def test_fixed_logits_part_acc_from_acc_norm(model, monkeypatch):
     q = question(texts, labels="123", key="2")
     vocabulary = model.tl.cfg.d_vocab
 
-    def flat(tl, resid):
+    def flat(resid):
         return torch.zeros(*resid.shape[:2], vocabulary)
 
-    monkeypatch.setattr(study.forward, "logits", flat)
+    monkeypatch.setattr(model.engine, "logits", flat)
     scores = study.score_cloze(model, [q], get_template("cloze"))
     rows = study._option_rows(model.tokenizer, q, get_template("cloze"), True, 384)
     n_tokens = np.array([len(ids) - start for ids, start in rows])
