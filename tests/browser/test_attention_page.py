@@ -92,6 +92,15 @@ def test_what_was_left_out_says_so(page, found):
     page.evaluate(f"choose({left[0][0]}, {left[0][1]})")
     assert f"thumbnail of {found[0].thumbnails.shape[-1]} ×" in shown(page)
     assert f"--heads {left[0][0]}.{left[0][1]}" in shown(page)
+    # The last token's weights are kept of every head; those of another query are not.
+    page.evaluate(f"state.query = n - 1; choose({left[0][0]}, {left[0][1]})")
+    row = found[0].last_rows[(0, 2, 4).index(left[0][0]), left[0][1]]
+    assert (
+        f"(most: {float(row.max()):.4f}, to {int(row.argmax())} "
+        in page.locator("#asked").inner_text()
+    )
+    page.locator("#text span").nth(3).click()
+    assert "were not kept for this head" in page.locator("#asked").inner_text()
 
 
 def test_means_tokens_and_writing(page, found):
@@ -100,7 +109,7 @@ def test_means_tokens_and_writing(page, found):
     page.locator("#text span").nth(3).click()
     assert "What 3 " in page.locator("#asked").inner_text()
     mean = found[0].means["all heads"][3, :4].max()
-    assert f"(most: {float(mean):.4f})" in page.locator("#asked").inner_text()
+    assert f"(most: {float(mean):.4f}, to" in page.locator("#asked").inner_text()
     page.locator("#watched").select_option("1")
     box = page.locator("#writing")
     box.scroll_into_view_if_needed()
@@ -124,8 +133,8 @@ def test_light_and_dark(page):
             "colour => getComputedStyle(document.body).backgroundColor === colour", arg=colour
         )
 
-    ground_becomes("rgb(255, 255, 255)")
+    ground_becomes("rgb(252, 251, 248)")
     page.emulate_media(color_scheme="dark")
-    ground_becomes("rgb(16, 19, 23)")
-    page.locator("#theme").select_option("light")
-    ground_becomes("rgb(255, 255, 255)")
+    ground_becomes("rgb(23, 24, 27)")
+    page.locator("#theme").click()
+    ground_becomes("rgb(252, 251, 248)")

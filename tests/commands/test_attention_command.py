@@ -22,6 +22,7 @@ from tl_headnorm.data.prompts import read_prompts
 from tl_headnorm.data.spans import encode_text
 from tl_headnorm.errors import InputError
 from tl_headnorm.model.loading import load_model
+from tl_headnorm.plots.templates import asset
 
 STORY = "Once upon a time there was a little dog. The dog liked the park. He saw a cat and"
 NASTY = "a <script>alert('x')</script> & $x_1$ </body> 🙂 气候变化"
@@ -65,16 +66,18 @@ def test_the_page_holds_what_was_found(stories):
     profile = unpacked(held["profile"], "<u2").reshape(2, 8, held["reach"]) / 65535
     np.testing.assert_allclose(profile, found.run["profile"], atol=1e-5)
     assert held["maps"]["first_token"]["uniform"] == found.run.attrs["uniform"]["first_token"]
+    last = unpacked(held["last_rows"], "<u2").reshape(2, 8, n) / 65535
+    np.testing.assert_allclose(last[1, 5], kept[-n:], atol=1e-4)
     # Text is text: the only scripts and ends of the body are the page's own.
-    assert text.count("<script") == 2
-    assert text.count("</script") == 2
+    assert text.count("<script") == 3
+    assert text.count("</script") == 3
     assert text.count("</body>") == 1
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)" in text
+    assert "&lt;script&gt;alert(&#39;x&#39;)" in text
     assert "http" not in text.replace(NASTY, "")
 
 
 def test_nothing_in_the_script_writes_html():
-    script = page.Path(page.__file__).with_suffix(".js").read_text()
+    script = asset("commands/attention/page.js") + asset("plots/page.js")
     assert "textContent" in script
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
 

@@ -262,7 +262,7 @@ def test_steer_over_a_file_of_prompts(run_cli, shared_data, tmp_path):
     } <= names
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["heads"] == {"1": list(range(8)), "3": [0, 1, 2]}
-    assert "| constrained | yes | 100.0%" in (folder / "summary.md").read_text()
+    assert "| constrained | yes | 100.0%" in " ".join((folder / "summary.md").read_text().split())
     absent = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "a dog", "keywords": ["cat"]}])
     refused = run_cli(
         "steer", "--model_path", shared_data / "stories260K", "--prompts", absent, "--heads", "all",

@@ -1,7 +1,6 @@
 """What `ablate` does, from settings to files, and what the studies' commands share."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import xarray as xr
 from tl_headnorm.commands.ablate import ablate
 from tl_headnorm.commands.ablate import plots as figures_ablation
 from tl_headnorm.commands.ablate.settings import AblateSettings
+from tl_headnorm.commands.ablate.summary import summary
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.texts import Texts, windows
 from tl_headnorm.interventions.runner import Options
@@ -19,8 +19,6 @@ from tl_headnorm.model.loading import Model
 from tl_headnorm.run.files import write_json, write_text
 from tl_headnorm.run.loading import run_dir, say
 from tl_headnorm.run.study import open_study, record, save_npz, save_table, text_length
-
-MOST_SETS = 20  # named one by one in a summary
 
 
 def _question_data(
@@ -93,7 +91,7 @@ def _ablate(settings: AblateSettings, path: Path) -> None:
         "reference": reference,
         "sharing": timed,
     }
-    text = summarise(table, meta, found.get("texts"))
+    text = summary(table, meta, found.get("texts"))
     write_text(path / "summary.md", text)
     write_json(path / "meta.json", meta)
     say(text)
@@ -142,77 +140,3 @@ def profile_table(result: xr.Dataset) -> pd.DataFrame:
     for name, grid in values.items():
         table[name] = grid.ravel()
     return table
-
-
-def summarise(table: pd.DataFrame, meta: Mapping[str, Any], texts: xr.Dataset | None) -> str:
-    """summary.md of an ablation: plain sentences with the numbers in them."""
-    clean, rest = table.iloc[0], table.iloc[1:]
-    answers = meta["accuracy"] is not None
-    lines = ["# Ablation", ""]
-    source = Path(meta["model"]["source"]).name
-    if answers:
-        lines.append(
-            f"{source} answers {clean['accuracy']:.1%} of {clean['n_samples']:,} questions (by "
-            f"letter), with an answer loss of {clean['loss']:.3f} nats."
-        )
-    else:
-        lines.append(
-            f"{source} predicts {clean['n_samples']:,} windows of text with a loss of "
-            f"{clean['loss']:.4f} nats per token."
-        )
-    for method, rows in rest.groupby("method", sort=False):
-        lines += ["", *_method_lines(str(method), rows, answers)]
-    for name, origin in meta["reference"].items():
-        lines += ["", f"Replacements for the {name} come from: {origin}."]
-    if texts is not None:
-        values = texts["perplexity"].values
-        worst = int(np.nanargmax(values))
-        lines += [
-            "",
-            f"Perplexity on the text is {values[0]:.2f} clean; it is highest, {values[worst]:.2f}, "
-            f"with {texts['set'].values[worst]} changed ({texts['method'].values[worst]}).",
-        ]
-    if meta["sharing"] is not None:
-        timed = meta["sharing"]
-        lines += [
-            "",
-            f"Timed on {timed['n_samples']:.0f} questions and {timed['n_heads']:.0f} heads: one "
-            f"full forward per head and question takes {timed['full_seconds']:.1f} s, the shared "
-            f"sweep {timed['shared_seconds']:.1f} s, {timed['ratio']:.1f} times less; the losses "
-            f"differ by at most {timed['worst_loss_difference']:.1g} nats.",
-        ]
-    lines += [
-        "",
-        "A head whose removal costs nothing may still do its work where another one takes over; "
-        "sets removed together show that, single heads do not.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _method_lines(method: str, rows: pd.DataFrame, answers: bool) -> list[str]:
-    """What one method shows: of the single heads, and of the larger sets."""
-    column, unit = ("accuracy_drop", 100.0) if answers else ("loss_delta", 1.0)
-    what = "points of accuracy" if answers else "nats of loss"
-    single, sets = rows[rows["head"] >= 0], rows[rows["head"] < 0]
-    lines = []
-    if len(single) > 1:
-        ordered = single.sort_values(column, ascending=False)
-        costly = ", ".join(
-            f"{row['layer']}.{row['head']} ({unit * row[column]:.3g})"
-            for row in ordered.head(5).to_dict("records")
-        )
-        lines.append(f"By {method}, one head at a time: the most costly are {costly} {what}.")
-        if answers:
-            lines.append(
-                f"{(single[column] > 0.2).sum()} of {len(single)} heads cost more than 20 points; "
-                f"{(single[column] <= 0).sum()} cost none."
-            )
-    else:
-        sets = rows
-    for row in sets.head(MOST_SETS).to_dict("records"):
-        lost = f"{100 * row['accuracy_drop']:.3g} points of accuracy lost, " if answers else ""
-        effect = f"loss {row['loss_delta']:+.3g} nats, KL {row['kl']:.3g}"
-        lines.append(f"- {row['set']} ({method}): {lost}{effect}")
-    if len(sets) > MOST_SETS:
-        lines.append(f"- and {len(sets) - MOST_SETS} more, in ablation.parquet")
-    return lines

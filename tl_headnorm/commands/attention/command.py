@@ -63,7 +63,7 @@ def _attention(settings: AttentionSettings, path: Path) -> None:
         _check(model, subject, asked[i], wanted, settings, other)
     write_json(path / "config.json", settings.as_dict())
     tables: dict[str, list[pd.DataFrame]] = {}
-    text = [f"# Attention of {Path(info.source).name}", ""]
+    prompts: list[dict[str, Any]] = []
     scores, uniform = [], []
     several = len(subjects.items) > 1
     for i, subject in enumerate(subjects.items):
@@ -78,16 +78,16 @@ def _attention(settings: AttentionSettings, path: Path) -> None:
             tables.setdefault(name, []).append(table.assign(prompt=i))
         scores.append(np.stack([found.run[n].values for n in AVERAGED]))
         uniform.append([found.run.attrs["uniform"][n] for n in OF_PROMPT])
-        text += part.lines(found, f"prompt {subject.id}" if several else "")
+        prompts.append(part.facts(found))
     for name, parts in tables.items():
         save_table(pd.concat(parts, ignore_index=True), path / f"{name}.parquet")
     table, expected = _heads_table(layers, scores, uniform, repeated)
     save_table(table, path / "heads.parquet")
-    text[2:2] = summary.score_lines(table, expected)
+    text = summary.summary(Path(info.source).name, table, expected, prompts)
     meta = _meta(model, settings, subjects.record, subjects.items, started, expected)
-    write_text(path / "summary.md", "\n".join(text).rstrip() + "\n")
+    write_text(path / "summary.md", text)
     write_json(path / "meta.json", meta)
-    say("\n".join(text))
+    say(text)
 
 
 def _check(
@@ -241,35 +241,35 @@ class _One:
                 f" · {len(found.kept)} heads whole, {found.left_out} as thumbnails only (ask for "
                 "others with --heads, or raise --keep_mb)"
             )
-        said = (
-            " ".join(line for line in summary.focus_lines(found.run, self.keywords)[4:] if line)
-            if self.keywords
-            else ""
-        )
+        said = summary.keyword_sentences(found.run, self.keywords) if self.keywords else ""
         return page.page(
             page.page_data(found, self.writing, maps), title=title, about=about,
             keywords=said, written=self.writing.text if self.writing else "",
-            answers=[line[2:] for line in summary.answer_lines(self.cases)] if self.cases else (),
+            answers=summary.answers(self.cases) if self.cases else (),
         )  # fmt: skip
 
-    def lines(self, found: Look, name: str) -> list[str]:
+    def facts(self, found: Look) -> dict[str, Any]:
         """This prompt's part of the summary."""
-        lines = ["", f"# {name}" if name else "## The prompt", ""]
-        lines.append(f"{len(found.tokens)} tokens: {summary.quoted(found.tokens.text, 120)}.")
-        if self.subject.answer:
-            lines.append(f"Its right answer is {self.subject.answer}.")
-        if found.left_out:
-            lines.append(
-                f"{len(found.kept)} of its patterns are kept whole, {found.left_out} were left "
-                "out (--heads chooses, --keep_mb bounds them); all heads are scored."
-            )
+        facts: dict[str, Any] = {
+            "id": self.subject.id,
+            "text": found.tokens.text,
+            "n_tokens": len(found.tokens),
+            "answer": self.subject.answer,
+            "n_patterns": len(found.kept),
+            "n_left_out": found.left_out,
+            "keywords": "",
+            "generated": None,
+            "distracted": None,
+        }
         if self.keywords:
-            lines += summary.focus_lines(found.run, self.keywords)
+            facts["queries"] = summary.queries(found.run)
+            facts["keywords"] = summary.keyword_sentences(found.run, self.keywords)
         if self.writing is not None:
-            lines += summary.writing_lines(self.writing, self.keywords, _how(self.settings))
+            how = _how(self.settings)
+            facts["generated"] = summary.generated(self.writing, self.keywords, how)
         if self.cases:
-            lines += summary.distraction_lines(self.cases, self.tables["distraction"])
-        return lines
+            facts["distracted"] = summary.distracted(self.cases, self.tables["distraction"])
+        return facts
 
 
 def _how(settings: AttentionSettings) -> str:

@@ -3,15 +3,10 @@ const D = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const state = { layer: D.start[0], head: D.start[1], view: "head", query: D.labels.length - 1, scale: "sqrt", cells: "patterns", watched: 0 };
 const n = D.labels.length, L = D.layers.length, H = D.n_heads;
-let thumbs, patterns, profile, written;
+let thumbs, patterns, profile, lastRows, written;
 
-async function inflate(text) {
-  const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return new Response(stream).arrayBuffer();
-}
-const dark = () => document.documentElement.classList.contains("dark");
-const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const { inflate } = page, dark = page.isDark;
+const css = page.color;
 const STOPS = {
   light: [[255, 255, 255], [198, 219, 239], [107, 174, 214], [33, 113, 181], [8, 48, 107]],
   dark: [[20, 24, 30], [24, 62, 105], [38, 118, 190], [128, 196, 250], [245, 251, 255]],
@@ -26,7 +21,7 @@ function colour(share, table = STOPS) {
   return stops[i].map((a, j) => a + (stops[i + 1][j] - a) * (x - i));
 }
 const tables = {};
-function quick(share) {  // colour() from a table of 256: pictures have many points
+function quick(share) {  // colour() from a table of 256: a picture has many pixels
   const name = dark() ? "dark" : "light";
   tables[name] ??= Array.from({ length: 256 }, (_, i) => colour(i / 255));
   return tables[name][Math.min(255, Math.round(share * 255))];
@@ -46,7 +41,7 @@ function canvasOf(canvas, width, height) {
   const pen = canvas.getContext("2d");
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   pen.font = "11px system-ui, 'Noto Sans CJK SC', sans-serif";
-  pen.fillStyle = css("--ink");
+  pen.fillStyle = css("ink");
   return pen;
 }
 function picture(columns, rows, at) {
@@ -88,6 +83,14 @@ function weights() {
   const size = n * (n + 1) / 2, part = patterns.subarray(i * size, (i + 1) * size);
   return (q, k) => k > q ? 0 : part[q * (q + 1) / 2 + k] / 65535;
 }
+// The weights from one query, by key: of every head from the last token, else of whole patterns.
+function rowOf(query) {
+  const at = weights();
+  if (at) return (k) => at(query, k);
+  if (state.view !== "head" || query !== n - 1) return null;
+  const from = (layerRow() * H + state.head) * n;
+  return (k) => lastRows[from + k] / 65535;
+}
 const layerRow = () => D.layers.indexOf(state.layer);
 
 function drawGrid() {
@@ -106,15 +109,15 @@ function drawGrid() {
     } else {
       const s = D.side, from = (l * H + h) * s * s;
       pen.drawImage(thumbnail(from), x, y, cell - gap, cell - gap);
-      if (!dark()) { pen.strokeStyle = css("--line"); pen.lineWidth = .5; pen.strokeRect(x, y, cell - gap, cell - gap); }
+      if (!dark()) { pen.strokeStyle = css("rule"); pen.lineWidth = .5; pen.strokeRect(x, y, cell - gap, cell - gap); }
     }
   }
-  pen.fillStyle = css("--soft"); pen.textBaseline = "middle"; pen.textAlign = "center";
+  pen.fillStyle = css("soft"); pen.textBaseline = "middle"; pen.textAlign = "center";
   const every = Math.ceil(18 / cell), down = Math.ceil(13 / cell);
   for (let h = 0; h < H; h += every) pen.fillText(h, left + h * cell + cell / 2, 9);
   pen.textAlign = "right";
   for (let l = 0; l < L; l += down) pen.fillText(D.layers[l], left - 5, top + l * cell + cell / 2);
-  pen.strokeStyle = css("--accent"); pen.lineWidth = 2.5;
+  pen.strokeStyle = css("cursor"); pen.lineWidth = 2.5;
   pen.strokeRect(left + state.head * cell - 1, top + layerRow() * cell - 1, cell - gap + 2, cell - gap + 2);
   const locate = (x, y) => {
     const h = Math.floor((x - left) / cell), l = Math.floor((y - top) / cell);
@@ -139,11 +142,11 @@ function drawLarge() {
   }
   const used = at ? n : Math.ceil(n / D.step), span = at ? n : used * D.step;
   pen.drawImage(made, 0, 0, used, used, left, top, size * span / n, size * span / n);
-  pen.strokeStyle = css("--line"); pen.strokeRect(left, top, size, size);
+  pen.strokeStyle = css("rule"); pen.strokeRect(left, top, size, size);
   labelAxes(pen, D.labels, D.labels, left, top, size, size, cell, cell);
-  pen.fillStyle = css("--key");
+  pen.fillStyle = css("key");
   for (const word of D.keywords) for (const k of word.positions) pen.fillRect(left + k * cell, top + size, Math.max(cell, 1.5), 4);
-  pen.strokeStyle = css("--accent"); pen.lineWidth = 1;
+  pen.strokeStyle = css("cursor"); pen.lineWidth = 1;
   pen.strokeRect(left, top + state.query * cell, size, Math.max(cell, 1));
   const locate = (x, y) => {
     const k = Math.floor((x - left) / cell), q = Math.floor((y - top) / cell);
@@ -159,7 +162,7 @@ function labelAxes(pen, across, down, left, top, width, height, cellX, cellY) {
   const short = (t) => { const v = visible(t); return v.length > 12 ? v.slice(0, 11) + "…" : v; };
   const everyY = Math.ceil(12 / cellY), everyX = Math.ceil(12 / cellX);
   const number = (i, every) => (every > 1 ? ` ${i}` : "");
-  pen.fillStyle = css("--ink"); pen.textBaseline = "middle"; pen.textAlign = "right";
+  pen.fillStyle = css("ink"); pen.textBaseline = "middle"; pen.textAlign = "right";
   for (let i = 0; i < down.length; i += everyY) pen.fillText(short(down[i]) + number(i, everyY), left - 6, top + (i + .5) * cellY);
   for (let i = 0; i < across.length; i += everyX) {
     pen.save(); pen.translate(left + (i + .5) * cellX, top + height + 8); pen.rotate(-Math.PI / 3);
@@ -168,25 +171,27 @@ function labelAxes(pen, across, down, left, top, width, height, cellX, cellY) {
 }
 
 function drawText() {
-  const box = $("text"), at = weights(), keys = new Set(D.keywords.flatMap((w) => w.positions));
-  let most = 0;
-  if (at) for (let k = 0; k <= state.query; k++) most = Math.max(most, at(state.query, k));
+  const box = $("text"), at = rowOf(state.query), keys = new Set(D.keywords.flatMap((w) => w.positions));
+  let most = 0, where = 0;
+  if (at) for (let k = 0; k <= state.query; k++) if (at(k) > most) { most = at(k); where = k; }
   box.replaceChildren(...D.labels.map((label, k) => {
     const span = document.createElement("span");
     span.textContent = D.pieces[k];
     if (keys.has(k)) span.classList.add("key");
     if (k === state.query) span.classList.add("on");
     if (at && k <= state.query && most) {
-      const c = colour(shade(at(state.query, k) / most) * .85);
+      const c = colour(shade(at(k) / most) * .85);
       span.style.background = rgb(c);
       span.style.color = .3 * c[0] + .59 * c[1] + .11 * c[2] > 140 ? "#111" : "#fff";
     } else if (k > state.query) span.style.opacity = .45;
-    span.onmousemove = (e) => tip(e, `key ${named(k)}` + (at && k <= state.query ? `\nweight ${fixed(at(state.query, k))} from query ${named(state.query)}` : ""));
+    span.onmousemove = (e) => tip(e, `key ${named(k)}` + (at && k <= state.query ? `\nweight ${fixed(at(k))} from query ${named(state.query)}` : ""));
     span.onmouseleave = () => tip(null, "");
     span.onclick = () => { state.query = k; drawLarge(); drawText(); };
     return span;
   }));
-  $("asked").textContent = `What ${named(state.query)} attends to (most: ${fixed(most)}). Click a token to ask for another one.`;
+  $("asked").textContent = at
+    ? `What ${named(state.query)} attends to (most: ${fixed(most)}, to ${named(where)}). Click a token to ask for another one.`
+    : `The weights from ${named(state.query)} were not kept for this head; those from the last token were: click it.`;
 }
 
 function drawFacts() {
@@ -199,12 +204,12 @@ function drawFacts() {
   const own = Array.from({ length: reach }, (_, d) => profile[from + d] / 65535);
   const top = Math.max(...own, ...D.uniform_profile) || 1;
   const x = (d) => left + (reach > 1 ? Math.log1p(d) / Math.log1p(reach - 1) : 0) * w, y = (v) => 8 + h * (1 - v / top);
-  pen.strokeStyle = css("--line"); pen.strokeRect(left, 8, w, h);
-  for (const [line, name, dash] of [[D.uniform_profile, "--soft", [4, 3]], [own, "--accent", []]]) {
+  pen.strokeStyle = css("rule"); pen.strokeRect(left, 8, w, h);
+  for (const [line, name, dash] of [[D.uniform_profile, "soft", [4, 3]], [own, "cursor", []]]) {
     pen.beginPath(); pen.setLineDash(dash); pen.strokeStyle = css(name); pen.lineWidth = 1.6;
     line.forEach((v, d) => (d ? pen.lineTo(x(d), y(v)) : pen.moveTo(x(d), y(v)))); pen.stroke();
   }
-  pen.setLineDash([]); pen.fillStyle = css("--soft"); pen.textAlign = "center"; pen.textBaseline = "top";
+  pen.setLineDash([]); pen.fillStyle = css("soft"); pen.textAlign = "center"; pen.textBaseline = "top";
   for (const d of [0, 1, 2, 4, 8, 16, 32, 64, 127].filter((d) => d < reach)) pen.fillText(d, x(d), height - bottom + 3);
   pen.fillText("tokens back from the query; dashed: a uniform head", left + w / 2, height - 14);
   pen.textAlign = "right"; pen.textBaseline = "middle";
@@ -244,9 +249,9 @@ function drawMap(canvas, map) {
     pen.fillStyle = rgb(tone(map, range, v));
     pen.fillRect(left + h * cellX, top + l * cellY, cellX - .6, cellY - .6);
   }));
-  pen.strokeStyle = css("--accent"); pen.lineWidth = 1.5;
+  pen.strokeStyle = css("cursor"); pen.lineWidth = 1.5;
   pen.strokeRect(left + state.head * cellX - .5, top + layerRow() * cellY - .5, cellX, cellY);
-  pen.fillStyle = css("--soft"); pen.textAlign = "center"; pen.textBaseline = "top";
+  pen.fillStyle = css("soft"); pen.textAlign = "center"; pen.textBaseline = "top";
   for (let h = 0; h < H; h += Math.ceil(18 / cellX)) pen.fillText(h, left + (h + .5) * cellX, top + L * cellY + 4);
   pen.textAlign = "right"; pen.textBaseline = "middle";
   for (let l = 0; l < L; l += Math.ceil(12 / cellY)) pen.fillText(D.layers[l], left - 4, top + (l + .5) * cellY);
@@ -254,11 +259,11 @@ function drawMap(canvas, map) {
   for (let i = 0; i < tall; i++) {
     pen.fillStyle = rgb(tone(map, [0, 1], 1 - i / tall)); pen.fillRect(x, top + i, 9, 1.5);
   }
-  pen.fillStyle = css("--ink"); pen.textAlign = "left";
+  pen.fillStyle = css("ink"); pen.textAlign = "left";
   const mark = (v) => top + 5 + (tall - 10) * (1 - (v - range[0]) / (range[1] - range[0] || 1));
   pen.fillText(range[1].toPrecision(2), x + 12, mark(range[1])); pen.fillText(range[0].toPrecision(2), x + 12, mark(range[0]));
   if (map.uniform !== null && map.uniform > range[0] && map.uniform < range[1]) {
-    pen.fillStyle = css("--accent"); pen.fillRect(x - 2, top + tall * (1 - (map.uniform - range[0]) / (range[1] - range[0])), 13, 1.5);
+    pen.fillStyle = css("cursor"); pen.fillRect(x - 2, top + tall * (1 - (map.uniform - range[0]) / (range[1] - range[0])), 13, 1.5);
   }
   hover(canvas, (px, py) => {
     const h = Math.floor((px - left) / cellX), l = Math.floor((py - top) / cellY);
@@ -284,7 +289,7 @@ function drawWriting() {
   const made = picture(total, steps, (k, t) => (k < W.n_prompt + t ? quick(shade(at(t, k))) : null));
   pen.imageSmoothingEnabled = cellX < 1;
   pen.drawImage(made, left, 0, w, h);
-  pen.strokeStyle = css("--accent"); pen.lineWidth = 1;
+  pen.strokeStyle = css("cursor"); pen.lineWidth = 1;
   pen.beginPath(); pen.moveTo(left + W.n_prompt * cellX, 0); pen.lineTo(left + W.n_prompt * cellX, h); pen.stroke();
   labelAxes(pen, W.labels, W.labels.slice(W.n_prompt), left, 0, w, h, cellX, cellY);
   hover(canvas, (x, y) => {
@@ -296,6 +301,7 @@ function drawWriting() {
 
 function choose(layer, head) {
   state.layer = layer; state.head = head;
+  tip(null, "");
   if (state.view === "all") state.view = $("view").value = "head";
   drawAll();
 }
@@ -306,21 +312,16 @@ function drawAll() {
   if (D.distraction) mapsInto($("distraction"), D.distraction);
   drawWriting();
 }
-function theme(name) {
-  const wanted = name === "auto" ? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light") : name;
-  document.documentElement.classList.toggle("dark", wanted === "dark");
-}
 async function start() {
-  theme("auto");
   thumbs = new Uint8Array(await inflate(D.thumbs));
   patterns = new Uint16Array(await inflate(D.patterns));
   profile = new Uint16Array(await inflate(D.profile));
+  lastRows = new Uint16Array(await inflate(D.last_rows));
   if (D.writing) written = new Uint16Array(await inflate(D.writing.weights));
   for (const [name, map] of Object.entries(D.maps)) $("cells").append(new Option(map.label, name));
   $("cells").onchange = (e) => { state.cells = e.target.value; drawGrid(); };
   $("view").onchange = (e) => { state.view = e.target.value; drawLarge(); drawText(); };
   $("scale").onchange = (e) => { state.scale = e.target.value; drawAll(); };
-  $("theme").onchange = (e) => { theme(e.target.value); drawAll(); };
   for (const word of D.keywords) {
     const part = document.createElement("div"), name = document.createElement("h3");
     name.textContent = `“${visible(word.text)}”: heads by weight`;
@@ -345,7 +346,7 @@ async function start() {
     e.preventDefault();
     state.query = Math.min(n - 1, Math.max(0, state.query + by)); drawLarge(); drawText();
   };
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { theme($("theme").value); drawAll(); });
+  page.onTheme(drawAll);
   let wait; addEventListener("resize", () => { clearTimeout(wait); wait = setTimeout(drawAll, 120); });
   drawAll();
 }

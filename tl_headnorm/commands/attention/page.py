@@ -1,15 +1,13 @@
 """The page of one prompt's attention: self-contained HTML, patterns packed into it. No torch."""
 
-import base64
-import html
-import json
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+
+from tl_headnorm.plots.page import packed
+from tl_headnorm.plots.templates import render, script_json
 
 LABELS = {
     "first_token": "first token (sink)",
@@ -24,11 +22,6 @@ FULL = 65535  # a weight of 1
 RANKED = 12
 
 
-def packed(array: np.ndarray) -> str:
-    """Bytes of an array, deflated, as text."""
-    return base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
-
-
 def as_shares(array: np.ndarray) -> np.ndarray:
     """Weights from 0 to 1 as little-endian uint16; NaN (not seen) is 0."""
     shares = np.nan_to_num(np.asarray(array, np.float64)).clip(0, 1)
@@ -39,7 +32,11 @@ def pack_patterns(patterns: Mapping[str, np.ndarray], n_tokens: int) -> str:
     """Lower triangles of the patterns, row by row, one after another."""
     rows, columns = np.tril_indices(n_tokens)
     parts = [as_shares(pattern[rows, columns]) for pattern in patterns.values()]
-    return packed(np.concatenate(parts) if parts else np.zeros(0, "<u2"))
+    return packed(b"".join(part.tobytes() for part in parts))
+
+
+def _shares(array: np.ndarray) -> str:
+    return packed(as_shares(array).tobytes())
 
 
 def _numbers(grid: np.ndarray) -> list[list[float | None]]:
@@ -106,12 +103,13 @@ def page_data(found: Any, writing: Any = None, distraction: Sequence[Any] = ()) 
         "start": list(_foremost(found)),
         "side": found.thumbnails.shape[-1],
         "step": -(-n // found.thumbnails.shape[-1]),
-        "thumbs": packed(np.ascontiguousarray(found.thumbnails)),
+        "thumbs": packed(found.thumbnails.tobytes()),
         "names": list(patterns),
         "patterns": pack_patterns(patterns, n),
         "maps": score_maps(run),
         "reach": run.sizes["distance"],
-        "profile": packed(as_shares(run["profile"].values)),
+        "profile": _shares(run["profile"].values),
+        "last_rows": _shares(found.last_rows),
         "uniform_profile": [round(float(v), 6) for v in run["uniform_profile"].values],
         "keywords": keyword_entries(run, found.keywords),
         "writing": None,
@@ -121,7 +119,7 @@ def page_data(found: Any, writing: Any = None, distraction: Sequence[Any] = ()) 
         data["writing"] = {
             "labels": list(writing.labels), "n_prompt": writing.n_prompt,
             "heads": [list(pair) for pair in writing.heads], "steps": writing.weights.shape[1],
-            "weights": packed(as_shares(writing.weights)),
+            "weights": _shares(writing.weights),
         }  # fmt: skip
     return data
 
@@ -147,62 +145,12 @@ def _foremost(found: Any) -> tuple[int, int]:
     return next(iter(found.kept), (int(run["layer"].values[0]), 0))
 
 
-_BODY = """<header><div><h1>{title}</h1><p class="soft">{about}</p></div>
-<label>colours <select id="theme"><option>auto<option>light<option>dark</select></label></header>
-<div class="row"><section>
-<div class="bar"><label>every head: <select id="cells"><option value="patterns">patterns</select>
-</label><span class="soft">click, or arrow keys</span></div>
-<canvas id="grid" tabindex="0" role="img" aria-label="Heads: layers down, heads across"></canvas>
-</section><section>
-<div class="bar"><b id="what" aria-live="polite"></b>
-<label>show <select id="view"><option value="head">this head
-<option value="over heads">mean over the layer's heads<option value="over layers">mean over layers
-<option value="all">mean over all</select></label>
-<label>colour by <select id="scale"><option value="sqrt">√ weight<option value="linear">weight
-</select></label></div>
-<canvas id="large" tabindex="0" role="img" aria-label="A pattern: queries down, keys across">
-</canvas>
-</section></div>
-<h2>The prompt</h2><p id="asked" class="soft"></p><div id="text" class="text"></div>
-<div class="row"><section><h2>This head</h2><div id="facts"></div></section>
-<section><h2>How far back it looks</h2><canvas id="profile"></canvas></section></div>
-<h2>Scores of every head</h2><p class="soft">{scores}</p><div id="scores" class="maps"></div>
-{more}"""
-_FOCUS = """<h2>Keywords</h2><p class="soft">{}</p>
-<div id="focus" class="maps"></div><div id="ranked" class="maps"></div>"""
-_WRITING = """<h2>While writing</h2><div class="text">{}</div>
-<div class="bar"><label>head <select id="watched"></select></label><span class="soft">a row per new
-token: what the head attends to where it is chosen; the line is the prompt's end</span></div>
-<div><canvas id="writing"></canvas></div>"""
-_DISTRACTED = """<h2>With distracting text</h2>{}<p class="soft">Change of attention to the keywords
-from the last token, distracted minus clean.</p><div id="distraction" class="maps"></div>"""
-
-
 def page(
     data: Mapping[str, Any], *, title: str, about: str, keywords: str = "", written: str = "",
     answers: Sequence[str] = (),
 ) -> str:  # fmt: skip
-    """The whole page. All text is escaped: a prompt may hold anything, tags included."""
-    here = Path(__file__)
-    style = here.with_suffix(".css").read_text(encoding="utf-8")
-    script = here.with_suffix(".js").read_text(encoding="utf-8")
-    more = _FOCUS.format(html.escape(keywords)) if data["keywords"] else ""
-    more += _WRITING.format(html.escape(written)) if data["writing"] else ""
-    said = "".join(f"<p>{html.escape(line)}</p>" for line in answers)
-    more += _DISTRACTED.format(said) if data["distraction"] else ""
-    about_scores = (
-        "The mark on a colour bar is a uniform head's score. Induction and duplicate tokens are "
-        "measured on repeated random tokens, the others on this prompt."
-    )
-    body = _BODY.format(
-        title=html.escape(title), about=html.escape(about), scores=about_scores, more=more
-    )
-    # "<" inside a script element could end it: JSON says it as \\u003c.
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
-        f'</title><meta name="viewport" content="width=device-width"><style>{style}</style></head>'
-        f'<body>{body}<div id="tip" role="tooltip"></div>'
-        f'<script type="application/json" id="data">{text}</script><script>{script}</script>'
-        "</body></html>"
-    )
+    """The HTML page. All text is escaped: a prompt may hold anything, tags included."""
+    return render(
+        "commands/attention/page.html.j2", data=data, json=script_json(data), title=title,
+        about=about, keywords=keywords, written=written, answers=answers,
+    )  # fmt: skip

@@ -45,14 +45,15 @@ class Look:
     `run` has the scores and `contribution` (see `contributions`) [layer, head], `profile`
     [layer, head, distance] and, with keywords, `focus` [layer, head, keyword, query]; a uniform
     head's scores are in attrs["uniform"]. `thumbnails` are the largest weight of every block of
-    the pattern. `kept` are whole patterns by (layer, head), `means` averages over heads or
-    layers.
+    the pattern, `last_rows` every head's attention from the last token. `kept` are whole patterns
+    by (layer, head), `means` averages over heads or layers.
     """
 
     tokens: TokenText
     labels: list[str]
     run: xr.Dataset
     thumbnails: UInt8[np.ndarray, "layer head side side"]
+    last_rows: Float[np.ndarray, "layer head k"]
     kept: dict[tuple[int, int], Float[np.ndarray, "q k"]]
     means: dict[str, Float[np.ndarray, "q k"]]
     keywords: Sequence[Keyword] = field(default_factory=tuple)
@@ -192,6 +193,7 @@ class _Reader:
         self.scores: dict[str, list[Tensor]] = {name: [] for name in OF_PROMPT}
         self.profiles: list[Tensor] = []
         self.thumbnails: list[np.ndarray] = []
+        self.last_rows: list[np.ndarray] = []
         self.weights: list[np.ndarray] = []
         self.kept: dict[tuple[int, int], np.ndarray] = {}
         self.means: dict[str, np.ndarray] = {}
@@ -205,6 +207,7 @@ class _Reader:
             self.scores[name].append(torch.cat([part[name] for part in parts]).cpu())
         self.profiles.append(torch.cat([distance_profile(part) for part in few]).cpu())
         self.thumbnails.append(thumbnails(one, self.wanted.thumbnail))
+        self.last_rows.append(_half(one[:, -1]))
         if self.focus is not None:
             self.weights.append(self.focus(one))
         for head in range(len(one)):
@@ -224,8 +227,8 @@ class _Reader:
         self.means["all heads"] = _half(mean.mean(0) if self.with_means else mean)
         labels = token_labels(self.model.tokenizer, self.tokens.ids)
         return Look(
-            self.tokens, labels, self._dataset(), np.stack(self.thumbnails), self.kept,
-            self.means, tuple(self.keywords),
+            self.tokens, labels, self._dataset(), np.stack(self.thumbnails),
+            np.stack(self.last_rows), self.kept, self.means, tuple(self.keywords),
         )  # fmt: skip
 
     def _dataset(self) -> xr.Dataset:

@@ -238,7 +238,7 @@ def _report_on(source: Path, settings: AttributeSettings, path: Path) -> None:
     sections: Sections = []
     reports = _stability(values, settings.seed, path, sections)
     figures.save(sections, path, "stability")
-    text = f"# Stability of {source.name}\n\n" + stability_section(reports) + "\n"
+    text = f"# Stability of {source.name}\n\n" + stability_section(reports)
     write_text(path / "summary.md", text)
     meta = {"run": str(source), "measures": list(values), "versions": results.versions(),
             "git_commit": results.git_commit(), "seed": settings.seed,

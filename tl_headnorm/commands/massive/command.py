@@ -1,18 +1,17 @@
 """What `massive` does, from settings to files."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import xarray as xr
 
 from tl_headnorm.commands.massive import massive
 from tl_headnorm.commands.massive import plots as figures_massive
 from tl_headnorm.commands.massive.settings import MassiveSettings
+from tl_headnorm.commands.massive.summary import summary
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.texts import Texts, windows
 from tl_headnorm.interventions.heads import as_file
@@ -76,7 +75,8 @@ def _massive(settings: MassiveSettings, path: Path) -> None:
     save_table(massive.layers_table(run), path / "layers.parquet")
     save_table(massive.heads_table(run), path / "heads.parquet")
     save_table(_entries(run, model), path / "dims.parquet")
-    save_table(_sets(run), path / "sets.parquet")
+    sets = _sets(run)
+    save_table(sets, path / "sets.parquet")
     if len(inputs.other_bos):
         save_table(massive.layers_table(run, "other_bos_"), path / "layers_other_bos.parquet")
     save_npz(run, path / "arrays.npz")
@@ -103,7 +103,7 @@ def _massive(settings: MassiveSettings, path: Path) -> None:
             for k in ("set_layer", "picture_layer", "massive_position", "has_massive")
         },
     }
-    text = describe_massive(run, meta)
+    text = summary(run, sets, meta)
     write_text(path / "summary.md", text)
     write_json(path / "meta.json", meta)
     say(text)
@@ -122,65 +122,3 @@ def _sets(run: xr.Dataset) -> pd.DataFrame:
     names = [n for n in ("loss", "perplexity", "accuracy") if n in run]
     columns = {n: run[n].values for n in names}
     return pd.DataFrame({"set": [str(s) for s in run["set"].values], **columns})
-
-
-def describe_massive(run: xr.Dataset, meta: Mapping[str, Any]) -> str:
-    """summary.md of massive activations: plain sentences with the numbers in them."""
-    at = int(run["ratio"].values.argmax())
-    lines = [
-        "# Massive activations",
-        "",
-        f"Over {meta['num_processed']} sequences the largest activation stands out most after "
-        f"layer {at}: {float(run['top1'][at]):.4g}, {float(run['ratio'][at]):.4g} times the "
-        f"median, most often at position {int(run['top1_pos'][at])} in dimension "
-        f"{int(run['top1_dim'][at])}.",
-        "",
-    ]
-    if meta["has_massive"]:
-        dims = sorted({int(d) for d in run["entry_dim"].values})
-        layers = run["entry_layer"].values
-        lines.append(
-            f"Above {meta['least']:g} and {meta['ratio']:g} times the median: dimensions "
-            f"{', '.join(map(str, dims))}, in layers {layers.min()} to {layers.max()}."
-        )
-    else:
-        lines.append(
-            f"No activation is above {meta['least']:g} and {meta['ratio']:g} times the median: by "
-            "these thresholds the model has no massive activations. Where they are set to zero "
-            "below, the largest one of each sequence is taken instead."
-        )
-    if "other_bos_top1" in run:
-        said, dims = ("without", run.attrs["other_bos_massive_dims"])
-        said = said if meta["prepend_bos"] else "with"
-        lines += ["", f"{said.capitalize()} BOS the largest after layer {at} is "
-                  f"{float(run['other_bos_top1'][at]):.4g}; massive dimensions: "
-                  f"{', '.join(map(str, dims)) or 'none'}."]  # fmt: skip
-    lines += ["", *_head_lines(run, meta), "", *_prune_lines(run, at), ""]
-    for row in _sets(run).to_dict("records"):
-        name = str(row["set"])
-        if not massive.is_layer_sweep(name):
-            shown = [k for k in ("perplexity", "accuracy", "loss") if k in row]
-            lines.append(f"- {name}: " + ", ".join(f"{k} {row[k]:.4g}" for k in shown))
-    return "\n".join(lines) + "\n"
-
-
-def _head_lines(run: xr.Dataset, meta: Mapping[str, Any]) -> list[str]:
-    weights, sizes = run["first_token_weight"].values, run["head_resid_contrib_norm"].values
-    layer, head = np.unravel_index(weights.argmax(), weights.shape)
-    return [
-        f"Head {layer}.{head} attends most to position {meta['massive_position']}: "
-        f"{weights.max():.3f}, where a uniform head has {float(run['uniform_weight']):.3f}; it "
-        f"adds a vector of norm {sizes[layer, head]:.3g}, the heads' median being "
-        f"{np.median(sizes):.3g}. top_heads.json and bottom_heads.json hold the two ends of the "
-        "ranking, for `ablate --heads`."
-    ]
-
-
-def _prune_lines(run: xr.Dataset, layer: int) -> list[str]:
-    noise = float(run["noise_percent"][layer])
-    return [
-        f"Without the {name} the largest activation after layer {layer} changes by "
-        f"{float(run['change_percent'].sel(set=name)[layer]):+.3g} % (the data type's own step "
-        f"there is {noise:.2g} %)."
-        for name in run.attrs["pruned"]
-    ]

@@ -1,4 +1,4 @@
-"""summary.md of a steering run: plain sentences with the numbers in them."""
+"""summary.md of steering: a sweep over boosts, or a file of prompts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +10,9 @@ from tl_headnorm.commands.steer.instructions import Answer
 from tl_headnorm.commands.steer.profiling import Profile
 from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.commands.steer.steer import perplexity
+from tl_headnorm.plots.templates import fixed, general, percent, render
 
-SHOWN = 3
+SHOWN = 3  # prompts whose answers are quoted
 
 
 def of_sweep(
@@ -19,114 +20,18 @@ def of_sweep(
     settings: SteerSettings, written: Sequence[Answer],
 ) -> str:  # fmt: skip
     """Of a sweep over boosts, on questions, on texts, or both."""
-    lines = ["# Steering", ""]
-    source, heads = Path(meta["model"]["source"]).name, meta["heads"]
-    names = " ".join(f"{layer}.{h}" for layer, hs in heads.items() for h in hs)
-    what = settings.spans or ", ".join(repr(k) for k in settings.keywords)
-    moved = f", moved by {settings.span_offset} tokens" if settings.span_offset else ""
-    lines += [f"{source}, attention to {what}{moved} multiplied at the heads {names}."]
-    if picked is not None:
-        lines += ["", *_profile_lines(picked, settings)]
-    for name, table in tables.items():
-        lines += ["", *(_question_lines(table) if name == "questions" else _text_lines(table))]
-    if written:
-        lines += ["", *_written_lines(written)]
-    lines += [
-        "",
-        "A boost that moves an answer shows that the answer can be had from there; it does not "
-        "show that the model takes it from there by itself. Far boosts put a head where it never "
-        "is: compare with the random sets at the same boost.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _profile_lines(picked: Profile, settings: SteerSettings) -> list[str]:
-    by = settings.profile_by
-    column = "effect" if by == "steering" else "attention"
-    best = picked.table[picked.table["picked"]].sort_values(f"{column}_fit", ascending=False)
-    shown = ", ".join(
-        f"{row['layer']}.{row['head']} ({row[f'{column}_test']:+.3g}, "
-        f"{row[f'{column}_test_low']:+.3g} to {row[f'{column}_test_high']:+.3g})"
-        for row in best.to_dict("records")
+    return render(
+        "commands/steer/sweep.md.j2",
+        source=Path(meta["model"]["source"]).name,
+        heads=" ".join(f"{layer}.{h}" for layer, hs in meta["heads"].items() for h in hs),
+        target=settings.spans or ", ".join(repr(k) for k in settings.keywords),
+        settings=settings,
+        profile=None if picked is None else _profile(picked, settings),
+        clean={name: table.iloc[0].to_dict() for name, table in tables.items()},
+        tables={name: _table(name, _with_random(table)) for name, table in tables.items()},
+        perplexity=perplexity,
+        answers=_quoted(written),
     )
-    unit = "nats of log p of the target" if by == "steering" else "attention to the right option"
-    far = picked.offsets.sort_values("contrast").iloc[-1]
-    return [
-        f"Heads picked on {len(picked.fit):,} questions by {by}; on the {len(picked.test):,} "
-        f"others they show, each alone, in {unit} (95 % interval): {shown}.",
-        f"The ranks of all heads agree between the halves with a Spearman correlation of "
-        f"{picked.agreement:.2f}.",
-        f"The last token looks most at the right option, against the mean of the others, "
-        f"{int(far['offset'])} tokens behind its {settings.option_part} (head "
-        f"{int(far['layer'])}.{int(far['head'])}, {far['contrast']:+.3f}).",
-    ]
-
-
-def _question_lines(table: pd.DataFrame) -> list[str]:
-    clean = table.iloc[0]
-    lines = [
-        f"Without steering it answers {clean['accuracy']:.1%} of {clean['n_samples']:,} questions "
-        f"(by letter); attention of the last token to the span is {clean['keyword_weight']:.3g}.",
-        "",
-        "| heads | boost | accuracy | answers changed | answers = target (95 %) | attention | KL |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in _with_random(table):
-        share = "–"
-        if pd.notna(row["target_share"]):
-            share = f"{row['target_share']:.1%}"
-            if pd.notna(row["target_share_low"]):
-                share += f" ({row['target_share_low']:.1%} to {row['target_share_high']:.1%})"
-        lines.append(
-            f"| {row['set']} | {row['boost']:g} | {row['accuracy']:.1%} | "
-            f"{row['answer_changed_share']:.1%} | {share} | {row['keyword_weight']:.3g} | "
-            f"{row['kl']:.3g} |"
-        )
-    return lines
-
-
-def _with_random(table: pd.DataFrame) -> list[dict[Any, Any]]:
-    """The chosen set's rows, then the random sets' means."""
-    is_random = table["set"].str.startswith("random ")
-    rows = table[~is_random & (table["set"] != "clean")].to_dict("records")
-    if is_random.any():
-        others = table[is_random]
-        mean = others.groupby("boost").mean(numeric_only=True).reset_index()
-        # An interval of one set is no interval of their mean.
-        mean[["target_share_low", "target_share_high"]] = float("nan")
-        rows += [
-            {**row, "set": f"{others['set'].nunique()} random sets (mean)"}
-            for row in mean.to_dict("records")
-        ]
-    return rows
-
-
-def _text_lines(table: pd.DataFrame) -> list[str]:
-    clean = table.iloc[0]
-    lines = [
-        f"On {clean['n_samples']:,} windows of text perplexity is {perplexity(clean['loss']):.3f} "
-        "clean:",
-        "",
-        "| heads | boost | perplexity | KL per token |",
-        "|---|---|---|---|",
-    ]
-    for row in _with_random(table):
-        lines.append(
-            f"| {row['set']} | {row['boost']:g} | {perplexity(row['loss']):.3f} | {row['kl']:.3g} |"
-        )
-    return lines
-
-
-def _written_lines(written: Sequence[Answer]) -> list[str]:
-    """The first prompts' texts, every way."""
-    first = list(dict.fromkeys((a.prompt, a.distracted) for a in written))[:SHOWN]
-    lines = ["What it writes (all of it in generations.jsonl and generations.html):"]
-    for key in first:
-        group = [a for a in written if (a.prompt, a.distracted) == key]
-        one = [a for a in group if a.seed == group[0].seed]
-        lines += ["", f"- prompt {key[0]}{', with the distracting text' if key[1] else ''}"]
-        lines += [f"  - {a.way}: {' '.join(a.text.split())[:200]!r}" for a in one]
-    return lines
 
 
 def of_prompts(
@@ -134,37 +39,93 @@ def of_prompts(
     settings: SteerSettings,
 ) -> str:  # fmt: skip
     """Of a file of prompts."""
-    source = Path(meta["model"]["source"]).name
-    rule = f"{meta['n_seeds']} answers each at temperature {settings.temperature:g}"
-    if settings.temperature == 0:
-        rule = "one answer each, the likeliest token at every step"
-    lines = [
-        "# Does it follow the instruction?",
-        "",
-        f"{source}, {meta['num_processed']:,} prompts, {rule}, {settings.generate} new tokens at "
-        "most. A hit has every text of must_include in it, whatever its case; prompts that ask for "
-        "none are not counted.",
-        "",
-        "| way | distracting text | hit rate (95 %) | words shared between seeds | same outcome | "
-        "attention to the keywords |",
-        "|---|---|---|---|---|---|",
+    return render(
+        "commands/steer/prompts.md.j2",
+        source=Path(meta["model"]["source"]).name,
+        meta=meta,
+        settings=settings,
+        table=_ways_table(table[table["prompt"] == "all"]),
+        answers=_quoted(answers),
+    )
+
+
+def _profile(picked: Profile, settings: SteerSettings) -> dict[str, Any]:
+    """The heads that were picked, their effect on the other half, and the best offset."""
+    column = "effect" if settings.profile_by == "steering" else "attention"
+    best = picked.table[picked.table["picked"]].sort_values(f"{column}_fit", ascending=False)
+    names = {f"{column}_test{end}": f"test{end}" for end in ("", "_low", "_high")}
+    far = picked.offsets.sort_values("contrast").iloc[-1]
+    return {
+        "n_fit": len(picked.fit),
+        "n_test": len(picked.test),
+        "agreement": picked.agreement,
+        "best": best.rename(columns=names).to_dict("records"),
+        "far": far.to_dict(),
+    }
+
+
+def _with_random(table: pd.DataFrame) -> pd.DataFrame:
+    """The chosen set's rows, then the random sets' means."""
+    is_random = table["set"].str.startswith("random ")
+    rows = table[~is_random & (table["set"] != "clean")]
+    if not is_random.any():
+        return rows
+    mean = table[is_random].groupby("boost").mean(numeric_only=True).reset_index()
+    # An interval of one set is no interval of their mean.
+    mean = mean.drop(columns=["target_share_low", "target_share_high"], errors="ignore")
+    mean["set"] = f"{table['set'][is_random].nunique()} random sets (mean)"
+    return pd.concat([rows, mean], ignore_index=True)
+
+
+def _table(name: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per set and boost."""
+    text = pd.DataFrame({"heads": rows["set"], "boost": rows["boost"].map("{:g}".format)})
+    if name != "questions":
+        text["perplexity"] = [fixed(perplexity(loss)) for loss in rows["loss"]]
+        return text.assign(**{"KL per token": [general(kl, 3) for kl in rows["kl"]]})
+    text["accuracy"] = rows["accuracy"].map(percent)
+    text["answers changed"] = rows["answer_changed_share"].map(percent)
+    text["answers = target (95 %)"] = [
+        _share(row, "target_share") for row in rows.to_dict("records")
     ]
-    for row in table[table["prompt"] == "all"].to_dict("records"):
-        numbers = [row["agreement"], row["hit_agreement"]]
-        shared, same = ("–" if pd.isna(x) else f"{x:.2f}" for x in numbers)
-        hits = "–"
-        if row["n_asked"]:
-            interval = f"{row['hit_low']:.1%} to {row['hit_high']:.1%}, n={row['n_asked']}"
-            hits = f"{row['hit_rate']:.1%} ({interval})"
-        lines.append(
-            f"| {row['way']} | {'yes' if row['distracted'] else 'no'} | {hits} | {shared} | "
-            f"{same} | {row['keyword_weight']:.3g} |"
-        )
-    lines += [
-        "",
-        "Constrained answers hold the texts because they are put in, not because they fit; read "
-        "them beside the steered ones.",
-        "",
-        *_written_lines(answers),
-    ]
-    return "\n".join(lines) + "\n"
+    text["attention"] = [general(weight, 3) for weight in rows["keyword_weight"]]
+    return text.assign(KL=[general(kl, 3) for kl in rows["kl"]])
+
+
+def _share(row: Mapping[Any, Any], name: str) -> str:
+    """A share, with its interval where there is one."""
+    if pd.isna(row[f"{name}_low"]):
+        return percent(row[name])
+    return f"{percent(row[name])} ({percent(row[f'{name}_low'])} to {percent(row[f'{name}_high'])})"
+
+
+def _ways_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per way to generate: hits, agreement between seeds, attention."""
+    hits = [
+        f"{percent(r['hit_rate'])} ({percent(r['hit_low'])} to {percent(r['hit_high'])}, "
+        f"n={r['n_asked']})" if r["n_asked"] else "–"
+        for r in rows.to_dict("records")
+    ]  # fmt: skip
+    return pd.DataFrame(
+        {
+            "way": rows["way"],
+            "distracting text": rows["distracted"].map({True: "yes", False: "no"}),
+            "hit rate (95 %)": hits,
+            "words shared between seeds": [fixed(x, 2) for x in rows["agreement"]],
+            "same outcome": [fixed(x, 2) for x in rows["hit_agreement"]],
+            "attention to the keywords": [general(x, 3) for x in rows["keyword_weight"]],
+        }
+    )
+
+
+def _quoted(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The first prompts' answers by the first seed, one line each."""
+    groups: dict[tuple[str, bool], list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault((answer.prompt, answer.distracted), []).append(answer)
+    found = []
+    for (prompt, distracted), rows in list(groups.items())[:SHOWN]:
+        first = [a for a in rows if a.seed == rows[0].seed]
+        ways = [(a.way, repr(" ".join(a.text.split())[:200])) for a in first]
+        found.append({"prompt": prompt, "distracted": distracted, "ways": ways})
+    return found
