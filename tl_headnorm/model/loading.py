@@ -1,4 +1,4 @@
-"""Loading: a hub id or a directory in Hugging Face format becomes a model that proves itself."""
+"""Loading: a hub id, a directory in Hugging Face format or a GGUF file becomes a model that proves itself."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -10,6 +10,8 @@ import torch
 from tl_headnorm.engine.protocol import Engine
 from tl_headnorm.engine.select import ENGINES, build, engine_of
 from tl_headnorm.errors import InputError, first_line, nearest
+from tl_headnorm.model.gguf import record as gguf_record
+from tl_headnorm.model.gguf_header import is_gguf
 from tl_headnorm.model.pretrained import builtin, check_not_quantized, load_pretrained
 
 DTYPES = {
@@ -38,6 +40,7 @@ class ModelInfo:
     engine: str
     weight_processing: str = "none"
     adapter: str | None = None
+    gguf: dict[str, Any] | None = None  # a dequantised file: name, types of tensors, sha256
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,9 +96,9 @@ def load_model(
     adapter_path: str | Path | None = None,
     pickled_weights: bool = False,
 ) -> Model:
-    """Load a model from a hub id or a directory, or take over one in memory (`hf_model`).
+    """Load a model from a hub id, a directory or a GGUF file, or take one in memory (`hf_model`).
 
-    A directory never touches the network. Weights are not processed (no folding, no centring)
+    A directory or file never touches the network; a GGUF file's tensors are dequantised. Weights are not processed (no folding, no centring)
     and not copied; of GPT-2's and GPT-NeoX's attention a second layout is kept. A model given in
     memory is put in eval mode and its parameters no longer ask for gradients; its modules, its
     config and its weights stay as they are. With `adapter_path` a PEFT adapter is merged into a
@@ -119,6 +122,7 @@ def load_model(
             f"{nearest(engine, ENGINES)}"
         )
     spread = isinstance(device_map, dict) or device_map in SPREADS
+    file = None
     if spread and engine == "hooked":
         raise InputError(
             "device_map: expected one device for HookedTransformer, found "
@@ -127,12 +131,12 @@ def load_model(
     if hf_model is None:
         if source is None:
             raise InputError("model_path: expected a hub id or a directory, found nothing")
-        torch_dtype = resolve_dtype(dtype)
+        path, torch_dtype = builtin(str(source)), resolve_dtype(dtype)
         placed: Any = device_map if spread else resolve_device(str(device_map))
         if not spread:
             check_dtype(torch_dtype, placed)
         loaded = load_pretrained(
-            builtin(str(source)),
+            path,
             torch_dtype,
             trust_remote_code,
             revision,
@@ -141,7 +145,8 @@ def load_model(
         )
         hf_model = loaded[0] if spread else loaded[0].to(placed)
         tokenizer = tokenizer if tokenizer is not None else loaded[1]
-    check_not_quantized(hf_model.config)
+        file = gguf_record(path) if is_gguf(path) else None
+    check_not_quantized(hf_model.config, hf_model)
     check_placement(hf_model)
     hf_model.eval().requires_grad_(False)
     source = str(source or hf_model.config.name_or_path or "in memory")
@@ -150,7 +155,7 @@ def load_model(
 
         hf_model = merged(hf_model, str(adapter_path), pickled_weights=pickled_weights)
     tl, used = build(hf_model, tokenizer, engine)
-    info = _info(hf_model, tl, source, revision, used, adapter_path)
+    info = _info(hf_model, tl, source, revision, used, adapter_path, file)
     model = Model(tl=tl, hf=hf_model, tokenizer=tokenizer, info=info)
     if self_check:
         from tl_headnorm.model.self_check import check_model
@@ -229,6 +234,7 @@ def _info(
     revision: str | None,
     engine: str,
     adapter_path: str | Path | None,
+    gguf: dict[str, Any] | None,
 ) -> ModelInfo:
     cfg = tl.cfg
     return ModelInfo(
@@ -243,4 +249,5 @@ def _info(
         dtype=next((n for n, t in DTYPES.items() if t == hf_model.dtype), str(hf_model.dtype)),
         engine=engine,
         adapter=None if adapter_path is None else str(adapter_path),
+        gguf=gguf,
     )

@@ -1,4 +1,4 @@
-"""From a hub id or a directory to Hugging Face's model and tokenizer, or one clear line."""
+"""From a hub id, a directory or a GGUF file to Hugging Face's model and tokenizer, or one clear line."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -9,6 +9,8 @@ import torch
 
 from tl_headnorm.engine.families import FAMILIES
 from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.model.gguf import load_gguf
+from tl_headnorm.model.gguf_header import is_gguf
 
 # Kept in older checkpoints, computed by the model itself.
 BUFFERS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias",
@@ -19,8 +21,14 @@ def builtin(source: str) -> str:
     """The directory of a model that ships with the package (`builtin:tiny`), else the source."""
     if not source.startswith("builtin:"):
         return source
+    if source == "builtin:smollm2":
+        from tl_headnorm.builtin.downloads import existing
+
+        return str(existing("smollm2"))
     if source != "builtin:tiny":
-        raise InputError(f"model_path: expected builtin:tiny, found {source!r}")
+        raise InputError(
+            f"model_path: expected builtin:tiny or builtin:smollm2, found {source!r}"
+        )
     from tl_headnorm.builtin import model_dir
 
     return str(model_dir())
@@ -37,6 +45,8 @@ def load_pretrained(
     """The Hugging Face model and tokenizer; a directory is read without the network."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    if is_gguf(source):
+        return _reading(source, "GGUF file", lambda: load_gguf(source, dtype, device_map))
     local = _is_local(source)
     common = {
         "local_files_only": local or os.environ.get("HF_HUB_OFFLINE") == "1",
@@ -162,6 +172,8 @@ def _reading(source: str, what: str, read: Callable[[], Any]) -> Any:
     logging.set_verbosity_error()
     try:
         return read()
+    except InputError:
+        raise
     except Exception as error:  # transformers raises of every kind on a damaged directory
         advice = "expected a directory in Hugging Face format, a cached model, or a hub id that "
         advice += "can be reached"
@@ -177,17 +189,23 @@ def _reading(source: str, what: str, read: Callable[[], Any]) -> Any:
         logging.set_verbosity(level)
 
 
-def check_not_quantized(config: Any) -> None:
+def check_not_quantized(config: Any, model: Any = None) -> None:
     """Refuse 8-bit and 4-bit weights.
 
     Their W_O is held as packed integers with scales per block: z W_O read from it is not what
-    the model adds to its residual stream, and z itself is that of rounded weights.
+    the model adds to its residual stream, and z itself is that of rounded weights. A GGUF model
+    that transformers has dequantised is let pass: all its parameters are floats.
     """
     found = getattr(config, "quantization_config", None)
-    if found is not None:
-        as_dict = found if isinstance(found, dict) else found.to_dict()
-        raise InputError(
-            "model: expected weights in bf16, fp16 or fp32, found quantized ones "
-            f"({as_dict.get('quant_method', 'of an unknown kind')}), whose packed W_O gives no "
-            "norms that hold for the model; load the model it was made from"
-        )
+    if found is None:
+        return
+    as_dict = found if isinstance(found, dict) else found.to_dict()
+    method = getattr(as_dict.get("quant_method"), "value", as_dict.get("quant_method"))
+    if method == "gguf" and model is not None:
+        if all(parameter.is_floating_point() for parameter in model.parameters()):
+            return
+    raise InputError(
+        "model: expected weights in bf16, fp16 or fp32, found quantized ones "
+        f"({method or 'of an unknown kind'}), whose packed W_O gives no "
+        "norms that hold for the model; load the model it was made from"
+    )

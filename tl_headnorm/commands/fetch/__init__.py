@@ -1,0 +1,1 @@
+"""`fetch`: a real model for the user's cache."""
