@@ -167,6 +167,19 @@ def shared_data():
 
 
 @pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as a GGUF file; fetched where CI is set, else only if it is there."""
+    from tl_headnorm.builtin.downloads import cached
+    from tl_headnorm.commands.fetch.command import fetch
+
+    if os.environ.get("CI"):
+        return fetch("smollm2")
+    if not cached("smollm2").is_file():
+        pytest.skip("the real model is not here: tl-headnorm fetch smollm2")
+    return cached("smollm2")
+
+
+@pytest.fixture(scope="session")
 def bpe():
     """A tokenizer for which the prompt's final space is a token of its own."""
     return train_tokenizer(prompts())

@@ -34,14 +34,15 @@ def build_parser() -> Any:
     )
     commands = parser.add_subcommands(required=True, metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
-        given = "DIR ... " if command.positional else ""
+        given = f"{command.metavar} ... " if command.positional else ""
         usage = f"tl-headnorm {name} {given}[--SETTING VALUE ...]"
         sub = ArgumentParser(usage=usage, description=command.help, exit_on_error=False)
         sub.add_argument("--config", action="config", help="YAML file with settings (same keys).")
         skip = {*command.skip, *([command.positional] if command.positional else [])}
         sub.add_class_arguments(command.settings, as_group=False, skip=skip)
         if command.positional:
-            sub.add_argument(command.positional, nargs="*", metavar="DIR", help="Run directories.")
+            what = "Run directories." if command.metavar == "DIR" else "What to get."
+            sub.add_argument(command.positional, nargs="*", metavar=command.metavar, help=what)
         commands.add_subcommand(name, sub, help=command.help)
     return parser
 

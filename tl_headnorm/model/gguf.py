@@ -51,7 +51,9 @@ def load_gguf(
     if header.architecture == "llama":
         for name in state:
             if "q_proj" in name or "k_proj" in name:
-                heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+                heads = (
+                    config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+                )
                 state[name] = halves_paired(state[name], heads)
     spread = {} if device_map is None else {"device_map": device_map}
     model, report = getattr(transformers, ARCHITECTURES[header.architecture]).from_pretrained(
@@ -139,7 +141,7 @@ def config_of(header: Header) -> Any:
     heads, width = keys.size("attention.head_count"), keys.size("embedding_length")
     rotary = keys.size("rope.dimension_count", max(width // heads, 1))
     d_head = keys.size("attention.key_length", rotary)
-    if keys.size("attention.value_length", d_head) != d_head or rotary != d_head:
+    if keys.size("attention.value_length", d_head) != d_head or rotary != d_head or d_head % 2:
         keys.refuse("rope.dimension_count", f"keys, values and RoPE of {d_head} wide", rotary)
     embedding = header.tensors.get("token_embd.weight")
     config = AutoConfig.for_model(
@@ -306,7 +308,11 @@ def load_tokenizer(header: Header, n_rows: int) -> Any:
         )  # fmt: skip
     if len(tokens) != n_rows:
         refuse(header.path, f"{n_rows} tokens, as rows of the embedding", len(tokens))
-    # A folder of its own: files that lie beside the GGUF file must not be taken for its tokenizer's.
+    merges = header.fields.get("tokenizer.ggml.merges", [])
+    odd = [m for m in merges if m.count(" ") != 1] if isinstance(merges, list) else [merges]
+    if odd:
+        refuse(header.path, "merges of two pieces each", f"{odd[0]!r}"[:80])
+    # A folder of its own: files beside the GGUF file must not be taken for its tokenizer's.
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(header.path.resolve(), Path(folder) / "model.gguf")
         try:
@@ -320,6 +326,8 @@ def load_tokenizer(header: Header, n_rows: int) -> Any:
             ) from error
     if kind == "gpt2":
         _split_as_llama_cpp(tokenizer, str(header.fields.get("tokenizer.ggml.pre", "default")))
+    else:
+        _prefix_as_llama_cpp(tokenizer, header.fields.get("tokenizer.ggml.add_space_prefix", True))
     tokenizer.name_or_path = str(header.path)
     return tokenizer
 
@@ -337,3 +345,14 @@ def _split_as_llama_cpp(tokenizer: Any, split: str) -> None:
             "not known; rare prompts may get other tokens than in training",
             split[:80],
         )
+
+
+def _prefix_as_llama_cpp(tokenizer: Any, add_prefix: bool) -> None:
+    """SentencePiece puts a space before every text, also before one that begins with a space."""
+    from tokenizers.normalizers import Prepend, Replace, Sequence
+
+    spaces = Replace(" ", "▁")
+    tokenizer.backend_tokenizer.normalizer = (
+        Sequence([Prepend("▁"), spaces]) if add_prefix else spaces
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = None

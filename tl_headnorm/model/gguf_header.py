@@ -118,7 +118,7 @@ class _Reader:
         (version,) = self.take("I")
         if version not in VERSIONS:
             refuse(
-                self.path, f"GGUF of version {' or '.join(map(str, VERSIONS))}", f"version {version}",
+                self.path, "GGUF of version 2 or 3", f"version {version}",
                 "write it anew with today's llama.cpp, little-endian",
             )  # fmt: skip
         n_tensors, n_fields = self.take("QQ")

@@ -1,4 +1,4 @@
-"""Loading: a hub id, a directory in Hugging Face format or a GGUF file becomes a model that proves itself."""
+"""Loading: a hub id, a directory or a GGUF file becomes a model that proves itself."""
 
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -98,11 +98,12 @@ def load_model(
 ) -> Model:
     """Load a model from a hub id, a directory or a GGUF file, or take one in memory (`hf_model`).
 
-    A directory or file never touches the network; a GGUF file's tensors are dequantised. Weights are not processed (no folding, no centring)
-    and not copied; of GPT-2's and GPT-NeoX's attention a second layout is kept. A model given in
-    memory is put in eval mode and its parameters no longer ask for gradients; its modules, its
-    config and its weights stay as they are. With `adapter_path` a PEFT adapter is merged into a
-    model that shares all other weights with the base.
+    A directory or file never touches the network; a GGUF file's tensors are dequantised. Weights
+    are not processed (no folding, no centring) and not copied; of GPT-2's and GPT-NeoX's
+    attention a second layout is kept. A model given in memory is put in eval mode and its
+    parameters no longer ask for gradients; its modules, its config and its weights stay as they
+    are. With `adapter_path` a PEFT adapter is merged into a model that shares all other weights
+    with the base.
 
     `engine`: hooked is HookedTransformer (transformer-lens 3.9), bridge is TransformerBridge,
     auto takes hooked where it is there and knows the family. `device_map` balanced, sequential

@@ -1,4 +1,4 @@
-"""From a hub id, a directory or a GGUF file to Hugging Face's model and tokenizer, or one clear line."""
+"""From a hub id, a directory or a GGUF file to a model and tokenizer, or one clear line."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -26,9 +26,7 @@ def builtin(source: str) -> str:
 
         return str(existing("smollm2"))
     if source != "builtin:tiny":
-        raise InputError(
-            f"model_path: expected builtin:tiny or builtin:smollm2, found {source!r}"
-        )
+        raise InputError(f"model_path: expected builtin:tiny or builtin:smollm2, found {source!r}")
     from tl_headnorm.builtin import model_dir
 
     return str(model_dir())
@@ -201,9 +199,9 @@ def check_not_quantized(config: Any, model: Any = None) -> None:
         return
     as_dict = found if isinstance(found, dict) else found.to_dict()
     method = getattr(as_dict.get("quant_method"), "value", as_dict.get("quant_method"))
-    if method == "gguf" and model is not None:
-        if all(parameter.is_floating_point() for parameter in model.parameters()):
-            return
+    floats = model is not None and all(p.is_floating_point() for p in model.parameters())
+    if method == "gguf" and floats:
+        return
     raise InputError(
         "model: expected weights in bf16, fp16 or fp32, found quantized ones "
         f"({method or 'of an unknown kind'}), whose packed W_O gives no "

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from tl_headnorm.builtin.downloads import DOWNLOADS, Download, cached
 from tl_headnorm.commands.fetch.settings import FetchSettings

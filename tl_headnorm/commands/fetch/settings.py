@@ -1,6 +1,6 @@
 """Settings of `fetch`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tl_headnorm.builtin.downloads import DOWNLOADS
 from tl_headnorm.errors import InputError, unknown
@@ -15,7 +15,7 @@ class FetchSettings:
         debug: Show the traceback of an error.
     """
 
-    models: tuple[str, ...] = ()
+    models: list[str] = field(default_factory=list)
     debug: bool = False
 
     def __post_init__(self) -> None:
