@@ -10,16 +10,17 @@ from handmade import as_model, hooked, llama
 
 from tl_headnorm.commands.ablate import ablate as study
 from tl_headnorm.commands.ablate.settings import ABLATION_METHODS, AblateSettings
-from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.texts import read_texts, windows
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import forward, hook_names
+from tl_headnorm.engine.protocol import Start
 from tl_headnorm.errors import InputError
-from tl_headnorm.interventions import replacements
-from tl_headnorm.interventions.edits import Start, replace_heads, run_hooked
-from tl_headnorm.interventions.metrics import Letters, NextTokens
-from tl_headnorm.interventions.runner import Options, Variant, run_variants
+from tl_headnorm.interventions import replacements, runner
+from tl_headnorm.interventions.edits import Ablation
+from tl_headnorm.interventions.intervention import Rows, stack_hooks
+from tl_headnorm.interventions.metrics import Letters, NextTokens, Profile
 from tl_headnorm.model.loading import load_model
+from tl_headnorm.settings import Settings
 
 LETTERS = (20, 21, 22, 23)
 ANSWERS = [0, 3, 1, 2, 2]
@@ -42,37 +43,37 @@ def others(model):
     return replacements.gather_reference(model, prompts((8, 11, 5), offset=9), bank_size=40)
 
 
-def run(model, variants, readout=None, **options):
-    others = options.pop("reference", None)
-    return run_variants(
-        model, prompts(), variants, readout or Letters(ANSWERS), reference=others,
-        options=Options(**{"batch_size": 2, **options}),
+def run(model, ablations, metric=None, reference=None, share=True, **settings):
+    settings = Settings(**{"batch_size": 2, **settings})
+    return runner.run(
+        model, prompts(), ablations, metric or Letters(ANSWERS), reference=reference,
+        settings=settings, share=share,
     )  # fmt: skip
 
 
 def test_nothing_pruned_is_the_identity_bit_for_bit(model):
     none = np.zeros((5, 3, 6), dtype=bool)
-    found = run(model, [Variant("no heads"), Variant("no masks", masks=none)])
-    for values in found.values.values():
+    found = run(model, [Ablation("no heads"), Ablation("no masks", masks=none)])
+    for values in found.values():
         assert (values[1:] == values[0]).all()
-    # The hook itself: with no head chosen it gives back what it was given.
-    batch = make_batch(prompts(), "right")
-    keep = torch.zeros(1, 5, 6, dtype=torch.bool)
-    edit = replace_heads(1, keep, torch.ones(1, 1, 1, 1), batch.mask.sum(1) - 1)
-    plain = run_hooked(model.tl, Start(batch.ids), batch.mask)
-    assert torch.equal(run_hooked(model.tl, Start(batch.ids), batch.mask, [edit]), plain)
+    # The hooks themselves: where another of the stacked rows is changed, these are not.
+    rows = Rows.pad(model, prompts(), "right")
+    hooks = stack_hooks([[], Ablation("all", heads=tuple(EVERY)).hooks(rows)])
+    assert len(hooks) == 3
+    plain = model.engine.run(Start(rows.ids.repeat(2, 1)), rows.mask.repeat(2, 1))
+    found = model.engine.run(Start(rows.ids.repeat(2, 1)), rows.mask.repeat(2, 1), hooks)
+    assert torch.equal(found[:5], plain[:5])
+    assert not torch.equal(found[5:], plain[5:])
 
 
 def test_all_heads_zero_leave_the_output_bias():
     tl = hooked(n_layers=1)
-    ids = torch.tensor([[1, 5, 3, 11]])
-    edit = replace_heads(
-        0, torch.ones(1, 1, 3, dtype=torch.bool), torch.zeros(1, 1, 1, 1), torch.tensor([3])
-    )
-    resid = run_hooked(tl, Start(ids), torch.ones_like(ids), [edit])
-    torch.testing.assert_close(resid, tl.embed(ids) + forward.b_O(tl, 0))
+    rows = Rows.pad(as_model(tl), [Encoded(0, (1, 5, 3, 11))], "right")
+    hooks = Ablation("all", heads=((0, 0), (0, 1), (0, 2))).hooks(rows)
+    resid = rows.model.engine.run(Start(rows.ids), rows.mask, hooks)
+    torch.testing.assert_close(resid, tl.embed(rows.ids) + forward.b_O(tl, 0))
     with tl.hooks(fwd_hooks=[(hook_names.attn_out(0), lambda x, hook: 0 * x + forward.b_O(tl, 0))]):
-        torch.testing.assert_close(resid, tl(ids, stop_at_layer=1))
+        torch.testing.assert_close(resid, tl(rows.ids, stop_at_layer=1))
 
 
 @pytest.mark.parametrize("method", [m for m in ABLATION_METHODS if m != "zero"])
@@ -85,10 +86,10 @@ def test_the_mean_of_a_constant_is_the_identity(method):
     samples = [Encoded(i, (1, 5, 3, 11)[:n], letter_ids=(2, 4, 6)) for i, n in enumerate((4, 3))]
     others = replacements.gather_reference(model, samples, bank_size=5)
     every = tuple((layer, head) for layer in range(2) for head in range(3))
-    found = run_variants(
-        model, samples, [Variant("all", method, every), Variant("all", "zero", every)],
+    found = runner.run(
+        model, samples, [Ablation("all", method, every), Ablation("all", "zero", every)],
         Letters([0, 1]), reference=others,
-    ).values["loss"]  # fmt: skip
+    )["loss"]  # fmt: skip
     np.testing.assert_allclose(found[1], found[0], rtol=1e-7)
     assert (np.abs(found[2] - found[0]) > 1e-3).all()  # zero is no such mean
 
@@ -110,39 +111,41 @@ def test_the_reference_is_the_plain_mean_of_z(model, others):
         assert (gaps.min(1).values < 1e-12).all()
 
 
-def variants_of_every_kind():
+def ablations_of_every_kind():
     masks = np.random.default_rng(0).random((5, 3, 6)) < 0.3
     return [
-        *(Variant(f"{m}", m, ((1, 2),)) for m in ABLATION_METHODS),
-        *(Variant(f"{m} more", m, ((1, 4), (2, 0))) for m in ABLATION_METHODS),
-        Variant("first", heads=((0, 0),)),
-        Variant("last layer", heads=((2, 5),)),
-        Variant("mlp", mlps=(1,)),
-        Variant("both", heads=((0, 3),), mlps=(0, 2)),
-        Variant("per input", "mean", masks=masks),
+        *(Ablation(f"{m}", m, ((1, 2),)) for m in ABLATION_METHODS),
+        *(Ablation(f"{m} more", m, ((1, 4), (2, 0))) for m in ABLATION_METHODS),
+        Ablation("first", heads=((0, 0),)),
+        Ablation("last layer", heads=((2, 5),)),
+        Ablation("mlp", mlps=(1,)),
+        Ablation("both", heads=((0, 3),), mlps=(0, 2)),
+        Ablation("per input", "mean", masks=masks),
     ]
 
 
-@pytest.mark.parametrize("readout", [Letters(ANSWERS), NextTokens()], ids=["letters", "tokens"])
-def test_sharing_changes_nothing(model, others, readout):
-    """Every kind of variant by itself, whole model, one sample at a time."""
-    variants = variants_of_every_kind()
-    plain = run(model, variants, readout, batch_size=1, max_batch_tokens=1, share=False,
+@pytest.mark.parametrize("metric", [Letters(ANSWERS), NextTokens()], ids=["letters", "tokens"])
+def test_sharing_changes_nothing(model, others, metric):
+    """Every kind of ablation by itself, whole model, one sample at a time."""
+    ablations = ablations_of_every_kind()
+    metric = Profile(metric)
+    plain = run(model, ablations, metric, batch_size=1, max_batch_tokens=1, share=False,
                 reference=others)  # fmt: skip
-    for options in (
+    for settings in (
         {"batch_size": 3},
         {"batch_size": 5, "padding_side": "left"},
-        {"batch_size": 2, "max_batch_tokens": 60, "profile": True},
+        {"batch_size": 2, "max_batch_tokens": 60},
     ):
-        shared = run(model, variants, readout, reference=others, **options)
-        for name, values in plain.values.items():
-            np.testing.assert_allclose(shared.values[name], values, rtol=1e-7, atol=1e-9)
-    assert (np.abs(plain.values["loss"][1:] - plain.values["loss"][0]).max(1) > 1e-6).all()
+        for one in (metric, metric.other):
+            shared = run(model, ablations, one, reference=others, **settings)
+            for name, values in shared.items():
+                np.testing.assert_allclose(values, plain[name], rtol=1e-7, atol=1e-9)
+    assert (np.abs(plain["loss"][1:] - plain["loss"][0]).max(1) > 1e-6).all()
 
 
 def test_one_head_against_hugging_face(model):
     """Zeroing o_proj's input in Hugging Face's own model gives the same answer distribution."""
-    found = run(model, [Variant("1.2", heads=((1, 2),))]).values
+    found = run(model, [Ablation("1.2", heads=((1, 2),))])
     width = model.info.d_head
 
     def drop(module, args):
@@ -176,10 +179,10 @@ def test_fewer_options_are_not_padded_into_the_distribution(model):
         Encoded(0, (1, 5, 6), letter_ids=LETTERS[:3]),
         Encoded(1, (1, 7), letter_ids=LETTERS),
     ]
-    both = run_variants(model, samples, [Variant("a", heads=((0, 0),))], Letters([1, 3]))
-    alone = run_variants(model, samples[:1], [Variant("a", heads=((0, 0),))], Letters([1]))
+    both = runner.run(model, samples, [Ablation("a", heads=((0, 0),))], Letters([1, 3]))
+    alone = runner.run(model, samples[:1], [Ablation("a", heads=((0, 0),))], Letters([1]))
     for name in ("loss", "kl"):
-        np.testing.assert_allclose(both.values[name][:, :1], alone.values[name], rtol=1e-9)
+        np.testing.assert_allclose(both[name][:, :1], alone[name], rtol=1e-9)
 
 
 def test_masks_per_input_and_a_static_set_are_different_experiments(model):
@@ -193,7 +196,7 @@ def test_masks_per_input_and_a_static_set_are_different_experiments(model):
     assert own.masks is not None
     assert own.masks.sum() == 6
     assert own.masks[0, 1, 2]
-    found = run(model, [own, static]).values["loss"]
+    found = run(model, [own, static])["loss"]
     np.testing.assert_allclose(found[1, 1:], found[2, 1:])
     assert abs(found[1, 0] - found[2, 0]) > 1e-9
 
@@ -222,14 +225,14 @@ def test_a_small_gpt2():
     )
     gpt2 = load_model(hf_model=GPT2LMHeadModel(config).double().eval(), self_check=False)
     every = tuple((layer, head) for layer in range(3) for head in range(5))
-    variants = [
-        Variant("1.2", heads=((1, 2),)),
-        Variant("mlp", mlps=(1,)),
-        Variant("all", heads=every),
+    ablations = [
+        Ablation("1.2", heads=((1, 2),)),
+        Ablation("mlp", mlps=(1,)),
+        Ablation("all", heads=every),
     ]
-    plain = run(gpt2, variants, batch_size=1, max_batch_tokens=1, share=False).values
-    shared = run(gpt2, variants, profile=True)
-    np.testing.assert_allclose(shared.values["loss"], plain["loss"], rtol=1e-7)
+    plain = run(gpt2, ablations, batch_size=1, max_batch_tokens=1, share=False)
+    shared = run(gpt2, ablations, Profile(Letters(ANSWERS)))
+    np.testing.assert_allclose(shared["loss"], plain["loss"], rtol=1e-7)
     ids = torch.tensor([prompts()[0].ids])
     logp = gpt2.hf(ids).logits[0, -1, list(LETTERS)].log_softmax(-1)
     np.testing.assert_allclose(plain["loss"][0, 0], -logp[ANSWERS[0]].item(), rtol=1e-7)

@@ -15,13 +15,13 @@ from tl_headnorm.commands.inactive.curves import (
     RANDOM,
     Bench,
     Curve,
-    fly_curve,
-    input_variants,
+    input_ablations,
     leave_one_out,
     numbered,
-    random_variants,
+    random_ablations,
+    rules,
     run_curves,
-    static_variants,
+    static_ablations,
 )
 from tl_headnorm.commands.inactive.inactive import split_rows
 from tl_headnorm.commands.inactive.scores import (
@@ -41,13 +41,16 @@ from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import forward, hook_names
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions import gated_pass
-from tl_headnorm.interventions.gated_pass import Rule, run_rule
+from tl_headnorm.interventions.cached_run import CachedRun
+from tl_headnorm.interventions.gated_pass import Rule
+from tl_headnorm.interventions.intervention import Rows
 from tl_headnorm.interventions.metrics import Letters
 from tl_headnorm.interventions.replacements import gather_reference
-from tl_headnorm.interventions.runner import Options, run_variants
+from tl_headnorm.interventions.runner import run
 from tl_headnorm.measures import MEASURES, choose_measures
 from tl_headnorm.measures.measurer import factors_of
 from tl_headnorm.model.loading import load_model
+from tl_headnorm.settings import Settings
 
 LETTERS = (20, 21, 22, 23)
 ANSWERS = [0, 3, 1, 2, 2]
@@ -71,7 +74,17 @@ def others(model):
 
 
 def bench_of(model, shares=(0.2, 0.5), reference=None):
-    return Bench(model, prompts(), ANSWERS, shares, Options(batch_size=3), reference)
+    settings = InactiveSettings(batch_size=3, shares=shares)
+    return Bench(model, prompts(), ANSWERS, settings, reference)
+
+
+def run_rules(model, rules, side="right", reference=None):
+    """(the residual after the last block at the last token, the heads that were off) by rule."""
+    rows = Rows.pad(model, prompts(), side, reference=reference)
+    clean = CachedRun(rows, starts=[0], last_only=True, everywhere=rules[0].everywhere)
+    runs = [rows.under(rule, {}) for rule in rules]
+    resid = clean.stack([rule.hooks(one) for rule, one in zip(rules, runs, strict=True)], 0)
+    return resid, torch.stack([one.found["off"] for one in runs]).bool()
 
 
 def random_score(seed=0, name="any", n=8, **fields):
@@ -195,17 +208,20 @@ def test_rank_correlations():
 )
 def test_the_fly_is_layer_by_layer_by_hand(model, others, name, sign, normalised, method):
     """One sample at a time, one layer at a time: score, switch off, and begin again from 0."""
-    rule = Rule(MEASURES[name], (0.4, 0.8) if sign > 0 else (-1.2, -0.5), sign, normalised, method)
+    thresholds = (0.4, 0.8) if sign > 0 else (-1.2, -0.5)
     if not normalised:
         found = [v for p in prompts() for v in by_hand_scores(model, p.ids, {}, None, name)]
         middle = np.quantile(sign * np.concatenate([f.ravel() for f in found]), [0.3, 0.6])
-        rule = Rule(MEASURES[name], tuple(middle.tolist()), sign, False, method)
+        thresholds = middle.tolist()
+    rules = [
+        Rule("r", MEASURES[name], factors_of(model), t, sign, normalised, method)
+        for t in thresholds
+    ]
     for side in ("right", "left"):
-        batch = make_batch(prompts(), side)
-        resid, off = run_rule(model, factors_of(model), batch, rule, others)
-        for t, threshold in enumerate(rule.thresholds):
+        resid, off = run_rules(model, rules, side, others)
+        for t, rule in enumerate(rules):
             for row, sample in enumerate(prompts()):
-                gone, last = by_hand(model, sample.ids, threshold, rule, others)
+                gone, last = by_hand(model, sample.ids, rule.threshold, rule, others)
                 np.testing.assert_array_equal(off[t, row].numpy(), gone)
                 np.testing.assert_allclose(resid[t, row, 0], last, rtol=1e-6, atol=1e-8)
     assert 0 < off.double().mean() < 1
@@ -274,11 +290,10 @@ def test_the_fly_differs_from_a_clean_pass_after_the_first_layer(model):
         *(clean_values(model, ("output_norm_all",)) for _ in range(2)),
     )[0]
     bench = bench_of(model)
-    fly = fly_curve(bench, score, "zero", factors_of(model))
-    masks = np.stack([v.masks for v in input_variants(bench, score, "zero")])
-    batch = make_batch(prompts(), "right")
-    rule = Rule(score.measure, tuple(score.thresholds(bench.shares)))
-    off = run_rule(model, factors_of(model), batch, rule)[1].numpy()
+    fly_rules = rules(bench, score, "zero", factors_of(model))
+    fly = run_curves(bench, [(score.name, "on_the_fly", "zero", 0, fly_rules)])[0]
+    masks = np.stack([v.masks for v in input_ablations(bench, score, "zero")])
+    off = run_rules(model, fly_rules)[1].numpy()
     np.testing.assert_array_equal(off[:, :, 0], masks[:, :, 0])
     assert (off != masks).any()
     np.testing.assert_allclose(fly.off, off.mean((2, 3)))
@@ -292,19 +307,19 @@ def clean_values(model, names):
 
 
 def test_what_the_fly_refuses(model):
-    batch = make_batch(prompts(), "right")
     with pytest.raises(InputError, match="expected a measure that does not look at the answer"):
-        run_rule(model, factors_of(model), batch, Rule(MEASURES["direct_logit"], (0.0,)))
+        run_rules(model, [Rule("r", MEASURES["direct_logit"], factors_of(model), 0.0)])
     bridge = load_model(hf_model=llama(), engine="bridge")
     with pytest.raises(InputError, match="expected --engine hooked, found a bridge"):
-        run_rule(bridge, {}, batch, Rule(MEASURES["output_norm_all"], (0.0,)))
+        run_rules(bridge, [Rule("r", MEASURES["output_norm_all"], {}, 0.0)])
     assert gated_pass.METHODS == METHODS
 
 
 def test_a_threshold_no_head_is_under_changes_nothing(model):
-    batch = make_batch(prompts(), "left")
-    resid, off = run_rule(model, factors_of(model), batch, Rule(MEASURES["cosine_all"], (-2.0,)))
+    rule = Rule("r", MEASURES["cosine_all"], factors_of(model), -2.0)
+    resid, off = run_rules(model, [rule], "left")
     assert not off.any()
+    batch = make_batch(prompts(), "left")
     clean = forward.run_resid(model.tl, batch.ids, batch.mask)[:, -1]
     torch.testing.assert_close(resid[0, :, 0], clean)
 
@@ -312,30 +327,28 @@ def test_a_threshold_no_head_is_under_changes_nothing(model):
 # --- curves -----------------------------------------------------------------
 
 
-def test_curves_are_what_run_variants_gives_and_equal_sets_run_once(model, monkeypatch):
+def test_curves_are_what_the_runner_gives_and_equal_sets_run_once(model, monkeypatch):
     from tl_headnorm.commands.inactive import curves
 
     bench, score = bench_of(model), random_score(4)
     twin = Score("twin", 2 * score.calibration, 2 * score.held_out)
     ran = []
 
-    def counting(model, samples, variants, *args, **kwargs):
-        ran.extend(variants)
-        return run_variants(model, samples, variants, *args, **kwargs)
+    def counting(model, samples, interventions, *args, **kwargs):
+        ran.extend(interventions)
+        return run(model, samples, interventions, *args, **kwargs)
 
-    monkeypatch.setattr(curves, "run_variants", counting)
+    monkeypatch.setattr(curves, "run", counting)
     plans = [
         (s.name, mode, "zero", 0, make(bench, s, "zero"))
         for s in (score, twin)
-        for mode, make in (("static", static_variants), ("per_input", input_variants))
+        for mode, make in (("static", static_ablations), ("per_input", input_ablations))
     ]
     found = run_curves(bench, plans)
     assert len(ran) == 4  # two shares, two modes: the twin's are the same sets
     assert [c.score for c in found] == ["any", "any", "twin", "twin"]
-    for curve, (*_, variants) in zip(found, plans, strict=True):
-        alone = run_variants(
-            model, prompts(), variants, Letters(ANSWERS), options=Options(batch_size=1)
-        ).values
+    for curve, (*_, ablations) in zip(found, plans, strict=True):
+        alone = run(model, prompts(), ablations, Letters(ANSWERS), settings=Settings(batch_size=1))
         np.testing.assert_allclose(curve.loss, alone["loss"][1:], rtol=1e-7)
         np.testing.assert_array_equal(curve.correct, alone["correct"][1:])
         np.testing.assert_allclose(bench.clean["loss"], alone["loss"][0], rtol=1e-7)
@@ -346,7 +359,7 @@ def test_curves_are_what_run_variants_gives_and_equal_sets_run_once(model, monke
 def test_random_choices_are_nested_and_differ_by_seed(model):
     bench = bench_of(model)
     for mode in ("static", "per_input"):
-        one, again, other = (random_variants(bench, mode, "zero", s) for s in (0, 0, 1))
+        one, again, other = (random_ablations(bench, mode, "zero", s) for s in (0, 0, 1))
         if mode == "static":
             assert set(one[0].heads) < set(one[1].heads)
             assert [v.heads for v in one] == [v.heads for v in again]
@@ -360,18 +373,17 @@ def test_random_choices_are_nested_and_differ_by_seed(model):
 
 
 def test_leave_one_out_is_the_loss_added(model):
-    effect = leave_one_out(model, prompts(), ANSWERS, Options())
-    batch = make_batch(prompts()[:1], "right")
-    readout = Letters(ANSWERS)
+    effect = leave_one_out(model, prompts(), ANSWERS, Settings())
+    rows = Rows.pad(model, prompts()[:1], "right")
 
     def loss():
-        resid = forward.run_resid(model.tl, batch.ids, batch.mask)[:, -1:]
-        return float(readout(model, batch, batch.mask, resid[None], resid)["loss"][0, 0])
+        resid = forward.run_resid(model.tl, rows.ids, rows.mask)[:, -1:]
+        return float(Letters(ANSWERS).loss(rows, resid)[0])
 
     clean = loss()
     with forward.zero_heads(model.tl, [(1, 4)]):
         changed = loss()
-    alone = leave_one_out(model, prompts()[:1], ANSWERS[:1], Options())
+    alone = leave_one_out(model, prompts()[:1], ANSWERS[:1], Settings())
     np.testing.assert_allclose(alone[1, 4], changed - clean, rtol=1e-6)
     assert effect.shape == SHAPE
     assert fixed_order("loo", effect).lowest(1 / 18)[0] == tuple(

@@ -12,11 +12,13 @@ from tl_headnorm.commands.massive import massive as study
 from tl_headnorm.commands.massive.settings import MassiveSettings
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names
+from tl_headnorm.engine.protocol import Start
 from tl_headnorm.interventions import edits
-from tl_headnorm.interventions.edits import SetActivations, Start
+from tl_headnorm.interventions.edits import Ablation, SetActivations
 from tl_headnorm.interventions.magnitudes import largest, massive
-from tl_headnorm.interventions.metrics import Nothing
-from tl_headnorm.interventions.runner import Options, Variant, run_variants
+from tl_headnorm.interventions.metrics import Profile
+from tl_headnorm.interventions.runner import run
+from tl_headnorm.settings import Settings
 
 TOKENS = (0, 5, 3, 11, 8, 2, 13, 4, 9)
 SAMPLES = [Encoded(i, TOKENS[:n]) for i, n in enumerate((9, 6, 4))]
@@ -45,22 +47,21 @@ def planted():
     return as_model(tl)
 
 
-def curve(model, *variants):
-    """The largest activation after every block: [1 + variant, layer]."""
-    options = Options(batch_size=2, profile=True)
-    outcome = run_variants(model, SAMPLES, variants, Nothing(), options=options)
-    return outcome.profile["top1"].mean(1)
+def curve(model, *interventions):
+    """The largest activation after every block: [1 + intervention, layer]."""
+    found = run(model, SAMPLES, interventions, Profile(), settings=Settings(batch_size=2))
+    return found["top1"].mean(1)
 
 
 ALL = tuple((layer, head) for layer in range(3) for head in range(3))
 
 
 def test_planted_in_an_mlp(planted):
-    heads_off, mlps_off = Variant("heads", heads=ALL), Variant("mlps", mlps=(0, 1, 2))
+    heads_off, mlps_off = Ablation("heads", heads=ALL), Ablation("mlps", mlps=(0, 1, 2))
     clean, without_heads, without_mlps = curve(planted, heads_off, mlps_off)
     assert clean.tolist() == without_heads.tolist() == [1, SIZE, SIZE]
     assert without_mlps.tolist() == [1, 1, 1]
-    first = curve(planted, Variant("mlp 0", mlps=(0,)), Variant("mlp 1", mlps=(1,)))
+    first = curve(planted, Ablation("mlp 0", mlps=(0,)), Ablation("mlp 1", mlps=(1,)))
     assert first[1:].tolist() == [[1, SIZE, SIZE], [1, 1, 1]]
 
 
@@ -84,9 +85,9 @@ def test_thresholds(planted, least, ratio, found):
 def test_set_to_zero_and_to_its_mean(planted):
     means = torch.zeros(14)
     means[DIM] = SIZE
-    zero = Variant("zero", activations=SetActivations(1, 100.0, 100.0))
-    mean = Variant("mean", activations=SetActivations(1, 100.0, 100.0, means))
-    early = Variant("early", activations=SetActivations(0, 100.0, 100.0))  # nothing there yet
+    zero = SetActivations("zero", 1, 100.0, 100.0)
+    mean = SetActivations("mean", 1, 100.0, 100.0, means)
+    early = SetActivations("early", 0, 100.0, 100.0)  # nothing there yet
     clean, to_zero, to_mean, nothing = curve(planted, zero, mean, early)
     assert to_zero.tolist() == [1, 1, 1]
     assert to_mean.tolist() == nothing.tolist() == clean.tolist()
@@ -99,7 +100,7 @@ def test_a_head_is_not_a_slice_of_the_attention_output():
     attention.b_V[0, 2], attention.W_O[0, 2, 5] = 5, 100
     attention.b_V[1, 0], attention.W_O[1, 0, 0] = 1, 0.5
     model = as_model(tl)
-    one, two = Variant("0", heads=((1, 0),)), Variant("1", heads=((1, 1),))
+    one, two = Ablation("0", heads=((1, 0),)), Ablation("1", heads=((1, 1),))
     clean, without_0, without_1 = curve(model, one, two)
     assert clean[1] > 499
     assert without_0[1] < 3
@@ -117,8 +118,8 @@ def test_a_head_is_not_a_slice_of_the_attention_output():
         ids = torch.tensor([TOKENS])
         kept = {}
         readers = edits.read_resid([1], True, kept.__setitem__)
-        edits.run_hooked(
-            tl, Start(ids), torch.ones_like(ids), [(hook_names.attn_out(1), cut), *readers]
+        model.engine.run(
+            Start(ids), torch.ones_like(ids), [(hook_names.attn_out(1), cut), *readers]
         )
         sliced[head] = float(largest(kept[1], torch.ones_like(ids)).top[0, 0])
     assert sliced[0] > 499
@@ -159,8 +160,8 @@ def test_a_sink_attends_and_adds_nothing(sink, batch_size):
 def test_sinks_ignore_padding_on_either_side(sink):
     ids = torch.tensor([[0, 0, 0, 5, 3, 11]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    padded = edits.read_sinks(sink.tl, ids, mask)
-    alone = edits.read_sinks(sink.tl, ids[:, 2:], mask[:, 2:])
+    padded = edits.read_sinks(sink.engine, ids, mask)
+    alone = edits.read_sinks(sink.engine, ids[:, 2:], mask[:, 2:])
     torch.testing.assert_close(padded.uniform, alone.uniform)
     torch.testing.assert_close(padded.weight, alone.weight)
     torch.testing.assert_close(padded.contribution, alone.contribution)

@@ -1,6 +1,7 @@
 """Answers plain, steered and constrained; and the command from settings to files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.constrained_decoding import MustInclude, continuation_ids
 from tl_headnorm.interventions.generation import generate
+from tl_headnorm.interventions.metrics import Metric
 from tl_headnorm.interventions.steering import Steering
 from tl_headnorm.model.loading import load_model
 
@@ -122,29 +124,22 @@ def test_weights_by_step_are_those_of_the_whole_text(stories, prompts):
     plain = instructions.write_answers(
         stories, ready, [instructions.Way("plain", Steering("s", ((1, 2), (3, 0)), 1.0))], settings
     )
-    from tl_headnorm.data.batches import make_batch
     from tl_headnorm.data.tokens import Encoded
-    from tl_headnorm.interventions import edits
-    from tl_headnorm.interventions.steering import (
-        boosts_of,
-        read_span_weight,
-        span_mask,
-        steer_hooks,
-    )
+    from tl_headnorm.interventions.runner import run
+    from tl_headnorm.interventions.steering import SpanWeight
+
+    class Nothing(Metric):
+        def __call__(self, runs, resid, clean):
+            return {}
 
     for one, answer, other in zip(ready, answers, plain, strict=True):
         new = stories.tokenizer(one.tokens.text + answer.text, add_special_tokens=False)[
             "input_ids"
         ]
         ids = (one.tokens.ids[0], *new)[: len(one.tokens) + len(answer.weights) - 1]
-        batch = make_batch([Encoded(0, ids)], "right")
-        span = span_mask([one.span], batch.mask)
-        seen = {}
-        hooks = steer_hooks(boosts_of([way.steering], 5, 8), span)
-        last = torch.tensor([len(ids) - 1])
-        readers = [read_span_weight(layer, span, last, seen) for layer in (1, 3)]
-        edits.run_hooked(stories.tl, edits.Start(batch.ids), batch.mask, [*hooks, *readers])
-        mean = float((seen[1][0, 2] + seen[3][0, 0]) / 2)
+        steering = replace(way.steering, spans={0: one.span})
+        metric = SpanWeight(Nothing(), {0: one.span}, steering.heads)
+        mean = run(stories, [Encoded(0, ids)], [steering], metric)["weight"][1, 0]
         if ids == (*one.tokens.ids, *ids[len(one.tokens) :]):
             assert abs(mean - answer.weights[-1]) < 1e-4
         assert np.mean(answer.weights) > np.mean(other.weights)

@@ -1,5 +1,8 @@
 """Attention steering: closed forms, laws, Hugging Face as the oracle, and rivals that must fail."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,21 +13,23 @@ from hypothesis import strategies as st
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names
+from tl_headnorm.engine.protocol import Start
+from tl_headnorm.engine.select import engine_of
 from tl_headnorm.errors import InputError
-from tl_headnorm.interventions import edits
 from tl_headnorm.interventions.generation import generate
 from tl_headnorm.interventions.metrics import Letters, NextTokens
+from tl_headnorm.interventions.runner import run
 from tl_headnorm.interventions.steering import (
-    HowSteered,
+    SpanWeight,
     Steering,
     boosts_of,
-    run_steered,
     shifted_scores,
     span_mask,
     steer_hooks,
 )
 from tl_headnorm.measures import last_real_position
 from tl_headnorm.model.loading import load_model
+from tl_headnorm.settings import Settings
 
 LENGTHS = (9, 6, 3)
 SPANS = ((2, 3), (0, 4), (1,))
@@ -50,14 +55,27 @@ def patterns_of(tl, batch, hooks, layers=None):
         return hook_names.pattern(layer), read
 
     readers = [keep(layer) for layer in range(tl.cfg.n_layers)]
-    resid = edits.run_hooked(tl, edits.Start(batch.ids), batch.mask, [*hooks, *readers])
+    resid = engine_of(tl).run(Start(batch.ids), batch.mask, [*hooks, *readers])
     return found, resid
 
 
 def hooks_for(steering, model, batch, spans, first_query=None):
     info = model.info
-    table = boosts_of([steering], info.n_layers, info.n_heads)
+    table = boosts_of(steering, info.n_layers, info.n_heads)
     return steer_hooks(table, span_mask(spans, batch.mask), first_query)
+
+
+def run_steered(model, given_samples, spans, steerings, metric, queries="all", share=True, **how):
+    """The clean run, the clean weight of every steering's heads, and every steering."""
+    of = {sample.index: span for sample, span in zip(given_samples, spans, strict=True)}
+    heads = tuple({head for steering in steerings for head in steering.heads})
+    plain = [replace(s, boost=1.0) for s in steerings]
+    runs = [replace(s, spans=of, queries=queries) for s in [*plain, *steerings]]
+    metric, n = SpanWeight(metric, of, heads), len(steerings)
+    found = run(model, given_samples, runs, metric, settings=Settings(**how), share=share)
+    weight = found.pop("weight")
+    values = {name: value[[0, *range(1 + n, 1 + 2 * n)]] for name, value in found.items()}
+    return SimpleNamespace(values=values, clean=weight[1 : 1 + n], weight=weight[1 + n :])
 
 
 def log_table(boost, heads=1):
@@ -140,10 +158,10 @@ def test_boost_one_is_the_identity_bit_for_bit():
     found = run_steered(model, samples(), SPANS, steerings, NextTokens())
     for value in found.values.values():
         assert np.array_equal(value[0], value[1], equal_nan=True)
-    assert np.array_equal(found.clean_mean(steerings[0].heads), found.weight[0])
+    assert np.array_equal(found.clean[0], found.weight[0])
     assert (found.weight[1] > found.weight[0]).any()
     assert (found.values["kl"][2] > 1e-6).all()
-    assert steer_hooks(boosts_of(steerings[:1], 3, 3), torch.ones(1, 4).bool()) == []
+    assert steer_hooks(boosts_of(steerings[0], 3, 3), torch.ones(1, 4).bool()) == []
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -164,7 +182,7 @@ def test_earlier_queries_and_other_samples_do_not_change(side):
     rows = steered[1].sum(-1)[batch.mask.bool()[:, None].expand(-1, 3, -1)]
     torch.testing.assert_close(rows, torch.ones_like(rows))
     rival = span_mask([(3,)] * 3, make_batch(samples((9, 9, 9)), side).mask)  # one span for all
-    table = boosts_of([steering], 2, 3)
+    table = boosts_of(steering, 2, 3)
     _, wide = patterns_of(model.tl, batch, steer_hooks(table, rival))
     assert not torch.equal(before[1:], wide[1:])
 
@@ -177,18 +195,16 @@ def test_padding_and_batches_with_different_spans_change_nothing(padding_side, q
     steerings = [Steering("a", ((0, 1), (1, 2)), 5.0), Steering("b", ((2, 0),), 0.0),
                  Steering("c", ((1, 0),), 0.2)]  # fmt: skip
     readout = Letters([0, 1, 2])
-    how = HowSteered(batch_size=3, padding_side=padding_side, queries=queries)
-    together = run_steered(model, given_samples, SPANS, steerings, readout, how=how)
+    how = {"batch_size": 3, "padding_side": padding_side, "queries": queries}
+    together = run_steered(model, given_samples, SPANS, steerings, readout, **how)
     for i, sample in enumerate(given_samples):
-        alone = run_steered(
-            model, [sample], [SPANS[i]], steerings, readout, how=HowSteered(queries=queries)
-        )
+        alone = run_steered(model, [sample], [SPANS[i]], steerings, readout, queries)
         for name, value in alone.values.items():
             np.testing.assert_allclose(together.values[name][:, i], value[:, 0], atol=1e-13)
         np.testing.assert_allclose(together.weight[:, i], alone.weight[:, 0], atol=1e-13)
-        np.testing.assert_allclose(together.clean_weight[i], alone.clean_weight[0], atol=1e-13)
+        np.testing.assert_allclose(together.clean[:, i], alone.clean[:, 0], atol=1e-13)
     rival = [tuple(place + 1 for place in span) for span in SPANS]  # off by one
-    other = run_steered(model, given_samples, [s[:1] for s in rival], steerings, readout, how=how)
+    other = run_steered(model, given_samples, [s[:1] for s in rival], steerings, readout, **how)
     assert np.abs(other.values["loss"] - together.values["loss"]).max() > 1e-4
 
 
@@ -197,14 +213,14 @@ def test_starting_at_the_first_steered_layer_changes_nothing():
     steerings = [Steering(f"{la}.{h}", ((la, h),), b) for la in range(3) for h in range(3)
                  for b in (0.0, 8.0)]  # fmt: skip
     runs = [
-        run_steered(model, samples(), SPANS, steerings, Letters([0, 1, 2]), how=HowSteered(share=s))
+        run_steered(model, samples(), SPANS, steerings, Letters([0, 1, 2]), share=s)
         for s in (True, False)
     ]
     for name, value in runs[0].values.items():
         np.testing.assert_allclose(value, runs[1].values[name], atol=1e-13)
     np.testing.assert_allclose(runs[0].weight, runs[1].weight, atol=1e-13)
     assert np.isfinite(runs[0].weight).all()
-    assert np.isfinite(runs[0].clean_weight).all()
+    assert np.isfinite(runs[0].clean).all()
 
 
 def test_only_the_last_query_is_steered_where_that_is_asked_for():

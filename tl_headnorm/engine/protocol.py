@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_headnorm.engine import hook_names
@@ -262,36 +262,13 @@ class Engine(Protocol):
         flat = weight.permute(2, 0, 1).reshape(weight.shape[2], -1)
         return resid_pre + F.linear(z.flatten(-2), flat, self.b_O(layer))
 
-    def add_mlp(
-        self,
-        layer: int,
-        resid_mid: Float[Tensor, "row pos d_model"],
-        off: Bool[Tensor, " row"] | None = None,
+    def mlp(
+        self, layer: int, resid_mid: Float[Tensor, "row pos d_model"]
     ) -> Float[Tensor, "row pos d_model"]:
-        """The residual behind a layer's MLP, which adds nothing in the rows `off`."""
-        if self.cfg.attn_only:
-            return resid_mid
+        """The output of a layer's MLP, from the residual behind its attention."""
         block = self.tl.blocks[layer]
-        out = block.mlp(block.ln2(resid_mid))
-        return resid_mid + (out if off is None else out.masked_fill(off[:, None, None], 0))
-
-    def finish_layer(
-        self,
-        layer: int,
-        resid_pre: Float[Tensor, "batch pos d_model"],
-        z: Float[Tensor, "batch pos head d_head"],
-        chosen: Bool[Tensor, "variant batch head"],
-        new: Float[Tensor, "#batch #pos #head #d_head"],
-        mlp_off: Bool[Tensor, " variant"],
-    ) -> Float[Tensor, "row pos d_model"]:
-        """The residual after a layer whose z is known, with the chosen heads' z replaced by `new`.
-
-        Queries, keys, values and scores of the layer are the clean run's, so none is computed
-        again. Rows are [variant, sample].
-        """
-        changed = torch.where(chosen[:, :, None, :, None], new.to(z.dtype), z)
-        resid_mid = self.add_heads(layer, resid_pre, changed).flatten(0, 1)
-        return self.add_mlp(layer, resid_mid, mlp_off.repeat_interleave(len(z)))
+        out: Tensor = block.mlp(block.ln2(resid_mid))
+        return out
 
     # Embedding and unembedding
 

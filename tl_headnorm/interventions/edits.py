@@ -1,101 +1,103 @@
-"""Interventions of the studies: edits of z, MLPs and residuals, and starts at a later layer.
-
-Like hooks.py, this file belongs to the only layer that touches hook points.
-"""
+"""Interventions that remove heads and MLPs or set massive activations, and readers."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.protocol import Hook, Start, Tail
-from tl_headnorm.engine.select import engine_of
+from tl_headnorm.engine.positions import take_position
+from tl_headnorm.engine.protocol import Engine, Hook, Start
 from tl_headnorm.errors import InputError
+from tl_headnorm.interventions.intervention import Intervention, Rows
 from tl_headnorm.interventions.magnitudes import massive
-from tl_headnorm.measures import contribution_factor, resid_contrib_norm, take_position
-
-__all__ = ["Hook", "Start"]
+from tl_headnorm.measures import contribution_factor, resid_contrib_norm
 
 
-def can_start_late(tl: Any) -> bool:
-    return engine_of(tl).starts_late
+@dataclass(frozen=True)
+class Ablation(Intervention):
+    """Heads whose z is replaced by a method of replacements.py, and MLPs switched off.
 
-
-def can_start_mid(tl: Any) -> bool:
-    return engine_of(tl).splits_blocks
-
-
-def add_heads(tl: Any, layer: int, resid_pre: Tensor, z: Tensor) -> Tensor:
-    return engine_of(tl).add_heads(layer, resid_pre, z)
-
-
-def add_mlp(tl: Any, layer: int, resid_mid: Tensor, off: Tensor | None = None) -> Tensor:
-    return engine_of(tl).add_mlp(layer, resid_mid, off)
-
-
-def finish_layer(tl: Any, layer: int, *given: Tensor) -> Tensor:
-    return engine_of(tl).finish_layer(layer, *given)
-
-
-def run_hooked(
-    tl: Any,
-    start: Start,
-    mask: Int[Tensor, "row pos"],
-    edits: Sequence[Hook] = (),
-    tail: Tail | None = None,
-) -> Float[Tensor, "row resid_pos d_model"]:
-    return engine_of(tl).run(start, mask, edits, tail=tail)
-
-
-def replace_heads(
-    layer: int,
-    chosen: Bool[Tensor, "variant batch head"],
-    new: Float[Tensor, "#batch #pos #head #d_head"],
-    last: Int[Tensor, " batch"],
-) -> Hook:
-    """z of the chosen heads becomes `new`; rows of a stacked pass are [variant, sample].
-
+    `masks` [sample, layer, head] give the heads per input, by sample index, in place of `heads`.
     What is edited is z, the input of W_O. A slice of the attention's output is no head: every
     head writes into all of d_model.
     """
 
-    def edit(z: Tensor, hook: Any) -> Tensor:
-        values = new
-        if values.shape[1] > z.shape[1]:  # the pass computes the last position only
-            values = take_position(values, last)
-        grid = z.unflatten(0, (chosen.shape[0], chosen.shape[1]))
-        return torch.where(chosen[:, :, None, :, None], values.to(z.dtype), grid).flatten(0, 1)
+    name: str
+    method: str = "zero"
+    heads: tuple[tuple[int, int], ...] = ()
+    mlps: tuple[int, ...] = ()
+    masks: Bool[np.ndarray, "sample layer head"] | None = field(default=None, compare=False)
 
-    return hook_names.z(layer), edit
+    @property
+    def first_layer(self) -> int | None:
+        layers = {layer for layer, _ in self.heads}
+        if self.masks is not None:
+            layers = {int(layer) for layer in np.flatnonzero(self.masks.any(axis=(0, 2)))}
+        return min([*layers, *self.mlps], default=None)
+
+    def hooks(self, rows: Rows) -> list[Hook]:
+        made = []
+        for layer in range(rows.model.info.n_layers):
+            off = self._off(layer, rows)
+            if off.any():
+                made.append(self._replace(layer, off.to(rows.ids.device), rows))
+            if layer in self.mlps:
+                made.append(drop_mlp(rows.model.engine, layer))
+        return made
+
+    def _off(self, layer: int, rows: Rows) -> Bool[Tensor, "#batch head"]:
+        if self.masks is not None:
+            return torch.from_numpy(self.masks[[s.index for s in rows.samples], layer])
+        off = torch.zeros(1, rows.model.info.n_heads, dtype=torch.bool)
+        off[0, [head for at, head in self.heads if at == layer]] = True
+        return off
+
+    def _replace(self, layer: int, off: Bool[Tensor, "#batch head"], rows: Rows) -> Hook:
+        def edit(z: Float[Tensor, "batch pos head d_head"], hook: Any) -> Tensor:
+            new = rows.replacement(self.method, layer)
+            if new.shape[1] > z.shape[1]:  # the pass computes the last position only
+                new = take_position(new, rows.last)
+            return torch.where(off[:, None, :, None], new.to(z.dtype), z)
+
+        return hook_names.z(layer), edit
 
 
-def drop_mlp(tl: Any, layer: int, chosen: Bool[Tensor, " row"]) -> Hook:
-    """The MLP of a layer adds nothing, its bias included, in the chosen rows."""
-    if tl.cfg.attn_only:
+def drop_mlp(engine: Engine, layer: int) -> Hook:
+    """The MLP of a layer adds nothing, its bias included."""
+    if engine.cfg.attn_only:
         raise InputError("mlps: expected a model with MLPs, found one of attention alone")
-
-    def edit(out: Tensor, hook: Any) -> Tensor:
-        return out.masked_fill(chosen[:, None, None], 0)
-
-    return hook_names.mlp_out(layer), edit
+    return hook_names.mlp_out(layer), lambda out, hook: torch.zeros_like(out)
 
 
 @dataclass(frozen=True, eq=False)
-class SetActivations:
+class SetActivations(Intervention):
     """Set massive activations of the residual after `layer` to zero or to a value per dimension.
 
     Massive: |x| > least and |x| >= ratio * median of the sequence. `least=None` takes the single
     largest of each sequence, whatever its size.
     """
 
+    name: str
     layer: int
     least: float | None
     ratio: float = 0.0
     values: Float[Tensor, " d_model"] | None = None
+
+    @property
+    def first_layer(self) -> int:
+        return self.layer
+
+    def hooks(self, rows: Rows) -> list[Hook]:
+        def edit(x: Tensor, hook: Any) -> Tensor:
+            new = x.new_zeros(()) if self.values is None else self.values.to(x.dtype)
+            return torch.where(self.entries(x, rows.mask), new, x)
+
+        return [(hook_names.resid_post(self.layer), edit)]
 
     def entries(
         self, x: Float[Tensor, "row pos d_model"], mask: Int[Tensor, "row pos"]
@@ -105,16 +107,6 @@ class SetActivations:
             return massive(x, mask, self.least, self.ratio)
         size = x.abs() * mask[:, :, None]
         return size == size.amax(dim=(1, 2), keepdim=True)
-
-
-def set_activations(change: SetActivations, mask: Int[Tensor, "row pos"]) -> Hook:
-    """The hook that carries out a SetActivations in every row."""
-
-    def edit(x: Tensor, hook: Any) -> Tensor:
-        new = x.new_zeros(()) if change.values is None else change.values.to(x.dtype)
-        return torch.where(change.entries(x, mask), new, x)
-
-    return hook_names.resid_post(change.layer), edit
 
 
 def read_z(layers: Sequence[int], take: Callable[[int, Tensor], None]) -> list[Hook]:
@@ -151,7 +143,7 @@ class Sinks:
 
 
 def read_sinks(
-    tl: Any,
+    engine: Engine,
     ids: Int[Tensor, "batch pos"],
     mask: Int[Tensor, "batch pos"],
     position: int = 0,
@@ -168,9 +160,8 @@ def read_sinks(
     count = queries.sum(1).clamp_min(1)
     weights: dict[int, Tensor] = {}
     sizes: dict[int, Tensor] = {}
-    factors = {
-        layer: contribution_factor(engine_of(tl).W_O(layer)) for layer in range(tl.cfg.n_layers)
-    }
+    layers = range(engine.n_layers)
+    factors = {layer: contribution_factor(engine.W_O(layer)) for layer in layers}
 
     def mean(values: Float[Tensor, "batch pos head"]) -> Float[Tensor, "batch head"]:
         kept = torch.where(queries[:, :, None], values, values.new_zeros(()))
@@ -189,8 +180,7 @@ def read_sinks(
 
         return hook_names.z(layer), read
 
-    layers = range(tl.cfg.n_layers)
-    run_hooked(tl, Start(ids), mask, [*map(on_pattern, layers), *map(on_z, layers)])
+    engine.run(Start(ids), mask, [*map(on_pattern, layers), *map(on_z, layers)])
     uniform = torch.where(queries, 1.0 / (order + 1).clamp_min(1).double(), 0.0).sum(1) / count
     return Sinks(
         torch.stack([weights[layer] for layer in layers], 1),

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.protocol import Tail
+from tl_headnorm.engine.protocol import Start, Tail
+from tl_headnorm.engine.select import engine_of
 from tl_headnorm.interventions import edits
 from tl_headnorm.measures import take_position
 
@@ -81,18 +82,18 @@ def run_gated(
         start_layer += 1
         if start_layer == tl.cfg.n_layers:
             return resid, {}
-        begin = edits.Start(layer=start_layer, resid=resid)
+        begin = Start(layer=start_layer, resid=resid)
     elif isinstance(start, Before):
-        begin = edits.Start(layer=start_layer, resid=start.resid)
+        begin = Start(layer=start_layer, resid=start.resid)
     else:
-        begin = edits.Start(ids=start)
+        begin = Start(ids=start)
     resids: dict[int, Tensor] = {}
     zs: dict[int, Tensor] = {}
     readers = edits.read_resid(keep, False, resids.__setitem__)
-    if edits.can_start_mid(tl):
+    if engine_of(tl).splits_blocks:
         readers += edits.read_z(keep, zs.__setitem__)
     hooks = [*readers, *((hook_names.z(layer), _as_hook(edit)) for layer, edit in acting.items())]
-    resid = edits.run_hooked(tl, begin, mask, hooks, tail)
+    resid = engine_of(tl).run(begin, mask, hooks, tail=tail)
     return resid, {layer: Before(resids[layer], zs.get(layer)) for layer in keep}
 
 
@@ -112,8 +113,8 @@ def _behind(
     if last is not None and layer == tl.cfg.n_layers - 1:
         resid = take_position(resid, last)
         z = z if z.shape[1] == 1 else take_position(z, last)
-    resid = edits.add_heads(tl, layer, resid, z if edit is None else edit(z))
-    return edits.add_mlp(tl, layer, resid)
+    resid = engine_of(tl).add_heads(layer, resid, z if edit is None else edit(z))
+    return resid if tl.cfg.attn_only else resid + engine_of(tl).mlp(layer, resid)
 
 
 def _cached(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tl_headnorm.data.batches import batches_in_order
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward
 from tl_headnorm.model.loading import Model
 
 METHODS = ("zero", "mean", "mean_position", "resample", "gaussian")
@@ -60,7 +59,7 @@ def gather_reference(
     bank, done = [], 0
     for batch in batches_in_order(samples, batch_size, padding_side):
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-        tokens, position = by_token(forward.run_z(model.tl, ids, mask).z, mask)
+        tokens, position = by_token(model.engine.run_z(ids, mask).z, mask)
         total.index_add_(1, position, tokens)
         squares += (tokens**2).sum(1)
         seen += torch.bincount(position, minlength=longest)

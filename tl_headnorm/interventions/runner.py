@@ -1,311 +1,246 @@
-"""Many changed runs of the same samples, with what they share computed once.
+"""The runner: samples under interventions, and a metric of every run.
 
-The clean pass of a batch keeps, for every layer a variant begins at, the residual before it and
-its z. Up to that z a variant is the same as the clean run, so it starts there; variants with the
-same start and method are stacked along the batch. A prefix that prompts share is not reused:
-a head removed at every position changes the prefix's keys and values in all later layers.
+What the runs of a batch share is computed once: the clean run leaves, for every layer at which
+an intervention begins, the residual before it and its z (see cached_run.py), and interventions
+that begin at the same layer are stacked along the batch.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.plan import Group, plan_batches
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine.memory import auto_batch_tokens
-from tl_headnorm.engine.protocol import Tail
-from tl_headnorm.interventions import edits
-from tl_headnorm.interventions.edits import SetActivations, Start
-from tl_headnorm.interventions.magnitudes import largest
-from tl_headnorm.interventions.replacements import Reference, replacement
-from tl_headnorm.measures import last_real_position, take_position
+from tl_headnorm.engine.memory import auto_batch_tokens, halving_on_oom
+from tl_headnorm.engine.protocol import Hook
+from tl_headnorm.interventions.cached_run import CachedRun
+from tl_headnorm.interventions.intervention import Intervention, Rows
+from tl_headnorm.interventions.metrics import Metric
+from tl_headnorm.interventions.replacements import Reference
 from tl_headnorm.model.loading import Model
+from tl_headnorm.settings import Settings
 
 # Past this many tokens a pass is no faster per token, and its activations leave the cache.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
-PROFILE = ("top1", "top2", "top3", "median", "pos", "dim")
+# By name, [run, sample, ...]; run 0 is the clean one, run i the i-th intervention's.
+Values = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One changed run: heads (with a method), MLPs switched off, or activations set.
+class Unit:
+    """A batch and the numbers of the runs done with it at once (0: clean, i: intervention i)."""
 
-    `masks` [sample, layer, head] chooses heads per input instead of the same for all.
-    """
-
-    name: str
-    method: str = "zero"
-    heads: tuple[tuple[int, int], ...] = ()
-    mlps: tuple[int, ...] = ()
-    masks: Bool[np.ndarray, "sample layer head"] | None = field(default=None, compare=False)
-    activations: SetActivations | None = None
-
-    def head_layers(self) -> list[int]:
-        if self.masks is not None:
-            return [int(layer) for layer in np.flatnonzero(self.masks.any(axis=(0, 2)))]
-        return sorted({layer for layer, _ in self.heads})
-
-    def start(self) -> int | None:
-        """The first layer it changes; None where it changes nothing."""
-        touched = [*self.head_layers(), *self.mlps]
-        if self.activations is not None:
-            touched.append(self.activations.layer)
-        return min(touched, default=None)
+    number: int
+    samples: tuple[Encoded, ...]
+    runs: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Options:
-    """How the runs are batched, and what else is read."""
+@runtime_checkable
+class Log(Protocol):
+    """Where the values of finished units are kept."""
 
-    batch_size: int = 8
-    max_batch_tokens: int | str = "auto"
-    padding_side: str = "right"
-    seed: int = 0
-    profile: bool = False
-    share: bool = True
+    def remaining(self, units: Sequence[Unit]) -> Iterable[Unit]:
+        """The units that are not done."""
+        ...
 
+    def add(self, unit: Unit, values: Values) -> None:
+        """Keep the values [run, sample, ...] of a unit."""
+        ...
 
-@dataclass
-class Outcome:
-    """Per variant and sample, the clean run first: the readout's values, and the profile.
-
-    `values[name]` is [1 + variant, sample]; `profile[name]` is [1 + variant, sample, layer], of
-    the residual after every block.
-    """
-
-    values: dict[str, Float[np.ndarray, "variant sample"]]
-    profile: dict[str, Float[np.ndarray, "variant sample layer"]]
+    def gather(self) -> Iterable[tuple[Unit, Values]]:
+        """All units that are done."""
+        ...
 
 
-@torch.inference_mode()
-def run_variants(
+class InMemory:
+    """A log that lasts as long as the run."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Unit, Values]] = []
+
+    def remaining(self, units: Sequence[Unit]) -> Iterable[Unit]:
+        return units
+
+    def add(self, unit: Unit, values: Values) -> None:
+        self.done.append((unit, values))
+
+    def gather(self) -> Iterable[tuple[Unit, Values]]:
+        return self.done
+
+
+@torch.no_grad()
+def run(
     model: Model,
     samples: Sequence[Encoded],
-    variants: Sequence[Variant],
-    readout: Any,
+    interventions: Sequence[Intervention],
+    metric: Metric,
     *,
+    settings: Settings | None = None,
     reference: Reference | None = None,
-    options: Options | None = None,
-    progress: bool = False,
-) -> Outcome:
-    """The clean run and every variant, over all samples; rows in the samples' order."""
-    options = options or Options()
-    n_rows, n_layers = 1 + len(variants), model.info.n_layers
-    values: dict[str, np.ndarray] = {}
-    shape = (n_rows, len(samples), n_layers)
-    profile = {k: np.full(shape, np.nan) for k in PROFILE} if options.profile else {}
-    row_of = {sample.index: row for row, sample in enumerate(samples)}
-    most = _most_tokens(model, options)
-    group = Group(tuple(samples), 0)
-    # A bridge's own mask handling is only relied on where padding cannot come before a token.
-    side = options.padding_side if edits.can_start_late(model.tl) else "right"
-    bar = tqdm(total=len(samples) * n_rows, unit="run", disable=not progress, desc="ablate")
-    for chosen in plan_batches(group, options.batch_size, most):
-        batch = make_batch(chosen, side)
-        rows = [row_of[sample.index] for sample in chosen]
-        runs = _Runs(model, batch, variants, readout, reference, options, most)
-        for which, found, seen in runs:
-            for name, value in found.items():
-                table = values.setdefault(name, np.full((n_rows, len(samples)), np.nan))
-                table[np.ix_(which, rows)] = value.double().cpu().numpy()
-            for name, sizes in seen.items():
-                profile[name][np.ix_(which, rows)] = sizes
-            bar.update(len(which) * len(rows))
-    bar.close()
-    return Outcome(values, profile)
+    base: Intervention | None = None,
+    chained: bool = False,
+    share: bool = True,
+    log: Log | None = None,
+    progress: str | None = None,
+) -> Values:
+    """The metric of the clean run and of every intervention, for all samples in their order.
+
+    `settings`: batch size, tokens per pass, padding side, seed. `reference` is where replaced
+    activations come from. `base` is in place in every run, the clean one included. `chained`:
+    each intervention starts from the run before it instead of the clean one, and its first layer
+    is the first in which it differs from that run. `share=False` runs the whole model each time.
+
+    1 plan units: a batch of samples and a stack of runs  2 run what the log lacks, halving what
+    does not fit in memory  3 gather the values by run and sample.
+    """
+    settings, log = settings or Settings(), log or InMemory()
+    # 1
+    most = most_tokens(model, settings)
+    units = plan(samples, interventions, settings, most, chained)
+    # 2
+    runs = _Runs(model, interventions, metric, settings, reference, base, chained, share)
+    total = sum(len(unit.samples) * len(unit.runs) for unit in units)
+    with tqdm(total=total, unit="run", disable=progress is None, desc=progress) as bar:
+        for unit in log.remaining(units):
+            log.add(unit, runs.measure(unit.samples, unit.runs))
+            bar.update(len(unit.samples) * len(unit.runs))
+    # 3
+    return _table(log.gather(), samples, 1 + len(interventions))
 
 
-def _most_tokens(model: Model, options: Options) -> int:
-    if options.max_batch_tokens != "auto":
-        return int(options.max_batch_tokens)
+def most_tokens(model: Model, settings: Settings) -> int:
+    """Padded tokens per pass: the setting, or what fits and still gains speed."""
+    if settings.max_batch_tokens != "auto":
+        return int(settings.max_batch_tokens)
     return min(auto_batch_tokens(model), MOST_TOKENS.get(model.device.type, 16384))
 
 
-Rows = tuple[list[int], Mapping[str, Tensor], dict[str, np.ndarray]]
+def plan(
+    samples: Sequence[Encoded],
+    interventions: Sequence[Intervention],
+    settings: Settings,
+    most: int,
+    chained: bool = False,
+) -> list[Unit]:
+    """Batches of similar length, and for each the stacks of runs that fit into `most` tokens."""
+    by_start: dict[int | None, list[int]] = defaultdict(list, {None: [0]})
+    for number, intervention in enumerate(interventions, 1):
+        by_start[intervention.first_layer].append(number)
+    units: list[Unit] = []
+    for batch in plan_batches(Group(tuple(samples), 0), settings.batch_size, most):
+        width = max(1, most // (len(batch) * max(map(len, batch))))
+        stacks = [tuple(range(1 + len(interventions)))]
+        if not chained:
+            stacks = [s for runs in by_start.values() for s in _cut(runs, width)]
+        units += [Unit(len(units) + i, batch, runs) for i, runs in enumerate(stacks)]
+    return units
 
 
+def _cut(runs: Sequence[int], width: int) -> Iterator[tuple[int, ...]]:
+    for first in range(0, len(runs), width):
+        yield tuple(runs[first : first + width])
+
+
+def _table(done: Iterable[tuple[Unit, Values]], samples: Sequence[Encoded], n_runs: int) -> Values:
+    row_of = {sample.index: row for row, sample in enumerate(samples)}
+    tables: Values = {}
+    for unit, values in done:
+        rows = [row_of[sample.index] for sample in unit.samples]
+        for name, value in values.items():
+            shape = (n_runs, len(samples), *value.shape[2:])
+            table = tables.setdefault(name, np.full(shape, np.nan))
+            table[np.ix_(unit.runs, rows)] = value
+    return tables
+
+
+@dataclass
 class _Runs:
-    """All runs of one batch: (numbers of the runs, 0 is clean; values; profile) at a time."""
+    """The runs of all interventions, one unit at a time."""
 
-    def __init__(
-        self, model: Model, batch: Batch, variants: Sequence[Variant], readout: Any,
-        reference: Reference | None, options: Options, most: int,
-    ) -> None:  # fmt: skip
-        self.model, self.batch, self.variants, self.readout = model, batch, variants, readout
-        self.reference, self.options, self.most = reference, options, most
-        self.ids, self.mask = batch.ids.to(model.device), batch.mask.to(model.device)
-        self.last = last_real_position(self.mask)
-        self.before: dict[int, Tensor] = {}
-        self.z: dict[int, Tensor] = {}
-        self.share = options.share and edits.can_start_late(model.tl)
-        # A profile reads every block's output, which only a whole block gives.
-        self.mid = self.share and edits.can_start_mid(model.tl) and not options.profile
+    model: Model
+    interventions: Sequence[Intervention]
+    metric: Metric
+    settings: Settings
+    reference: Reference | None
+    base: Intervention | None
+    chained: bool
+    share: bool
 
-    def __iter__(self) -> Iterator[Rows]:
-        starts = {v.start() for v in self.variants} - {None}
-        clean, seen = self._clean({int(s) for s in starts if s is not None})
-        found = self.readout(self.model, self.batch, self.mask, clean[None], clean)
-        yield [0], found, {name: value[None] for name, value in seen.items()}
-        for start, numbers in self._stacks():
-            if start is None:  # nothing changed: the clean run itself, bit for bit
-                for number in numbers:
-                    yield [number], found, {name: value[None] for name, value in seen.items()}
-                continue
-            resid, profiles = self._stacked(start, numbers, seen)
-            changed = self.readout(self.model, self.batch, self.mask, resid, clean)
-            yield numbers, changed, profiles
+    def __post_init__(self) -> None:
+        self.model.tl.requires_grad_(False)
+        self.starts = {v.first_layer for v in self.interventions if v.first_layer is not None}
+        self.everywhere = any(v.everywhere for v in self.interventions)
+        self.cached: tuple[tuple[Encoded, ...], CachedRun] | None = None
 
-    def _stacks(self) -> Iterator[tuple[int | None, list[int]]]:
-        """Variants that begin at the same layer with the same method, as many as fit."""
-        by_kind: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-        for number, variant in enumerate(self.variants, 1):
-            kind = (variant.start(), variant.method, variant.activations)
-            by_kind[kind if variant.activations is None else (*kind, number)].append(number)
-        width = max(1, self.most // self.batch.ids.numel())
-        for kind, numbers in by_kind.items():
-            for first in range(0, len(numbers), width):
-                yield kind[0], numbers[first : first + width]
+    def measure(self, samples: tuple[Encoded, ...], runs: tuple[int, ...]) -> Values:
+        """Values [run, sample, ...]; what does not fit is halved, a stack first, then the batch."""
 
-    def _tail(self, n_stacked: int, whole: bool) -> Tail | None:
-        if not self.readout.last_only or self.options.profile or whole:
-            return None
-        return Tail(self.last.repeat(n_stacked), False, True)
+        def of_stack(part: tuple[int, ...]) -> Values:
+            if len(part) > 1 and not self.chained:
+                return self._values(samples, part)
+            each = halving_on_oom(samples, lambda batch: self._values(batch, part))
+            return _joined([values for _, values in each], 1)
 
-    def _clean(self, starts: set[int]) -> tuple[Tensor, dict[str, np.ndarray]]:
-        """The unchanged run; keeps the residual where variants begin."""
-        wanted = sorted(starts) if self.share else []
-        keep = edits.read_resid(wanted, False, self.before.__setitem__)
-        if self.mid:
-            keep += edits.read_z(wanted, self.z.__setitem__)
-        profile = _Profile(self.mask, self.model.info.n_layers) if self.options.profile else None
-        readers = profile.hooks(0) if profile else []
-        resid = edits.run_hooked(
-            self.model.tl, Start(self.ids), self.mask, [*keep, *readers], self._tail(1, False)
-        )
-        return self._cut(resid), profile.found(1)[0] if profile else {}
+        if self.chained:
+            return of_stack(runs)
+        return _joined([values for _, values in halving_on_oom(runs, of_stack, 1)], 0)
 
-    def _cut(self, resid: Tensor) -> Tensor:
-        """The last position only, where the readout wants no more."""
-        if not self.readout.last_only or resid.shape[1] == 1:
-            return resid
-        rows = torch.arange(len(resid), device=resid.device)
-        last = self.last.repeat(len(resid) // len(self.last))
-        return resid[rows, last][:, None]
+    def _values(self, samples: tuple[Encoded, ...], runs: tuple[int, ...]) -> Values:
+        clean = self._clean(samples)
+        if self.chained:
+            return _joined([self._advanced(clean, number) for number in runs], 0)
+        chosen = [self._intervention(number) for number in runs]
+        first = None if chosen[0] is None else chosen[0].first_layer
+        rows = [clean.rows.under(v, clean.rows.found) for v in chosen]
+        if first is None:  # nothing changed: the clean run itself, bit for bit
+            return self._measured(rows, [clean.resid] * len(rows), clean.resid)
+        resid = clean.stack([self._hooks(one) for one in rows], first)
+        return self._measured(rows, resid, clean.resid)
 
-    def _stacked(
-        self, start: int, numbers: Sequence[int], clean: dict[str, np.ndarray]
-    ) -> tuple[Tensor, dict[str, np.ndarray]]:
-        """The final residual [variant, batch, pos, d_model] of some variants, and profiles."""
-        n, mask = len(numbers), self.mask.repeat(len(numbers), 1)
-        chosen = [self.variants[number - 1] for number in numbers]
-        whole = any(v.activations is not None for v in chosen)
-        if self.mid and not whole:
-            return self._from_mid(start, chosen, mask), {}
-        changes = self._edits(chosen, mask)
-        begin = Start(self.ids.repeat(n, 1))
-        if self.share:
-            begin = Start(layer=start, resid=self.before[start].repeat(n, 1, 1))
-        profile = _Profile(mask, self.model.info.n_layers) if self.options.profile else None
-        readers = profile.hooks(start if self.share else 0) if profile else []
-        resid = edits.run_hooked(
-            self.model.tl, begin, mask, [*changes, *readers], self._tail(n, whole)
-        )
-        resid = self._cut(resid).unflatten(0, (n, len(self.batch)))
-        return resid, _filled(profile.found(n), clean) if profile else {}
+    def _intervention(self, number: int) -> Intervention | None:
+        return self.interventions[number - 1] if number else None
 
-    def _from_mid(self, start: int, chosen: Sequence[Variant], mask: Tensor) -> Tensor:
-        """The final residual of variants, from the known z of the layer they begin at."""
-        n, ended = len(chosen), start == self.model.info.n_layers - 1
-        heads = self._heads(chosen, start)
-        # Where only an MLP is switched off, nothing takes the place of z.
-        new = (
-            self._new(chosen[0], start) if heads.any() else self.before[start].new_zeros(1, 1, 1, 1)
-        )
-        parts = [self.before[start], self.z[start], new]
-        if ended and self.readout.last_only:  # nothing else is read of the last layer
-            parts = [p if p.shape[1] == 1 else _at(p, self.last) for p in parts]
-        off = torch.tensor([start in v.mlps for v in chosen], device=mask.device)
-        resid_pre, z, new = parts
-        resid = edits.finish_layer(self.model.tl, start, resid_pre, z, heads, new, off)
-        if not ended:
-            begin = Start(layer=start + 1, resid=resid)
-            changes = self._edits(chosen, mask, start + 1)
-            resid = edits.run_hooked(self.model.tl, begin, mask, changes, self._tail(n, False))
-        return self._cut(resid).unflatten(0, (n, len(self.batch)))
+    def _hooks(self, rows: Rows) -> list[Hook]:
+        changes = [] if rows.intervention is None else rows.intervention.hooks(rows)
+        return [*changes, *self.metric.hooks(rows)]
 
-    def _new(self, variant: Variant, layer: int) -> Tensor:
-        return replacement(
-            variant.method, layer, self.batch.samples, self.mask, self.reference,
-            self.options.seed,
+    def _clean(self, samples: tuple[Encoded, ...]) -> CachedRun:
+        """The batch's clean run; a chain of runs changes it, so each gets its own."""
+        if self.cached is not None and self.cached[0] == samples and not self.chained:
+            return self.cached[1]
+        self.cached = None  # its memory is free before the next one is made
+        # A bridge's own mask handling is only relied on where padding cannot come before a token.
+        side = self.settings.padding_side if self.model.engine.starts_late else "right"
+        rows = Rows.pad(self.model, samples, side, reference=self.reference,
+                        seed=self.settings.seed)  # fmt: skip
+        made = CachedRun(
+            rows, starts=self.starts, last_only=self.metric.last_only,
+            base=self.base.hooks(rows) if self.base else (), readers=self.metric.hooks(rows),
+            everywhere=self.everywhere, share=self.share,
         )  # fmt: skip
-
-    def _edits(self, chosen: Sequence[Variant], mask: Tensor, first: int = 0) -> list[edits.Hook]:
-        made = []
-        for layer in range(first, self.model.info.n_layers):
-            heads = self._heads(chosen, layer)
-            if heads.any():
-                new = self._new(chosen[0], layer)
-                made.append(edits.replace_heads(layer, heads, new, self.last))
-            off = torch.tensor([layer in v.mlps for v in chosen], device=mask.device)
-            if off.any():
-                rows = off.repeat_interleave(len(self.batch))
-                made.append(edits.drop_mlp(self.model.tl, layer, rows))
-        made.extend(
-            edits.set_activations(v.activations, mask) for v in chosen if v.activations is not None
-        )
+        self.cached = samples, made
         return made
 
-    def _heads(self, chosen: Sequence[Variant], layer: int) -> Bool[Tensor, "variant batch head"]:
-        n_heads, rows = self.model.info.n_heads, [s.index for s in self.batch.samples]
-        grid = np.zeros((len(chosen), len(self.batch), n_heads), dtype=bool)
-        for i, variant in enumerate(chosen):
-            if variant.masks is not None:
-                grid[i] = variant.masks[rows, layer]
-            else:
-                grid[i, :, [head for at, head in variant.heads if at == layer]] = True
-        return torch.from_numpy(grid).to(self.mask.device)
+    def _advanced(self, state: CachedRun, number: int) -> Values:
+        """The values of a run that starts from the one before it."""
+        intervention = self._intervention(number)
+        rows = state.rows.under(intervention, state.rows.found)
+        if intervention is not None and intervention.first_layer is not None:
+            state.advance(self._hooks(rows), intervention.first_layer)
+        return self._measured([rows], [state.resid], state.resid)
+
+    def _measured(
+        self, rows: Sequence[Rows], resid: Sequence[Tensor] | Tensor, clean: Tensor
+    ) -> Values:
+        found = self.metric(rows, list(resid), clean)
+        return {name: value.double().cpu().numpy() for name, value in found.items()}
 
 
-class _Profile:
-    """The largest entries of the residual after every block, reduced as the pass goes."""
-
-    def __init__(self, mask: Tensor, n_layers: int) -> None:
-        self.mask, self.n_layers = mask, n_layers
-        self.rows = {name: np.full((len(mask), n_layers), np.nan) for name in PROFILE}
-
-    def hooks(self, first: int) -> list[edits.Hook]:
-        return edits.read_resid(range(first, self.n_layers), True, self._take)
-
-    def _take(self, layer: int, resid: Tensor) -> None:
-        seen = largest(resid, self.mask)
-        columns = [*seen.top.T, seen.median, seen.pos, seen.dim]
-        for name, column in zip(PROFILE, columns, strict=True):
-            self.rows[name][:, layer] = column.double().cpu().numpy()
-
-    def found(self, n: int) -> list[dict[str, np.ndarray]]:
-        """Per stacked variant, [sample, layer]."""
-        split = {name: np.split(rows, n) for name, rows in self.rows.items()}
-        return [{name: parts[i] for name, parts in split.items()} for i in range(n)]
-
-
-def _at(x: Tensor, last: Tensor) -> Tensor:
-    """x at the last position; what is the same for all samples gets a row for each."""
-    return take_position(x.expand(len(last), *x.shape[1:]), last)
-
-
-def _filled(
-    found: list[dict[str, np.ndarray]], clean: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Layers before the start are the clean run's."""
-    return {
-        name: np.stack([np.where(np.isnan(one[name]), value, one[name]) for one in found])
-        for name, value in clean.items()
-    }
+def _joined(parts: Sequence[Values], axis: int) -> Values:
+    return {name: np.concatenate([p[name] for p in parts], axis) for name in parts[0]}

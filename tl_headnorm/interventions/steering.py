@@ -1,47 +1,37 @@
-"""Attention steering: the weight of chosen tokens times a factor, at chosen heads (PASTA).
-
-Like edits.py, this file belongs to the only layer that touches hook points.
-"""
+"""Attention steering: the weight of chosen tokens times a factor, at chosen heads (PASTA)."""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from tl_headnorm.data.batches import Batch, make_batch
-from tl_headnorm.data.plan import Group, plan_batches
-from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.memory import auto_batch_tokens
-from tl_headnorm.engine.protocol import Hook, Start, Tail
+from tl_headnorm.engine.protocol import Hook
 from tl_headnorm.errors import InputError
-from tl_headnorm.interventions import edits
 from tl_headnorm.interventions.heads import Heads
-from tl_headnorm.measures import last_real_position, take_position
-from tl_headnorm.model.loading import Model
+from tl_headnorm.interventions.intervention import Intervention, Rows
+from tl_headnorm.interventions.metrics import ByName, Metric, Resid
 
 Queries = Literal["all", "last"]
-# A pass that scores [row, head, query, key] is bounded by more than its tokens.
-MOST_SCORES = {"cpu": 2**24, "cuda": 2**28}
 
 
 @dataclass(frozen=True)
-class Steering:
-    """One way to steer: the boost of the spans' weights, at these heads. boost 1 changes nothing.
+class Steering(Intervention):
+    """The attention weights of every sample's span times `boost`, at chosen heads.
 
-    boost b > 1 raises the weights, 0 < b < 1 lowers them, 0 takes them away.
+    boost b > 1 raises the weights, 0 < b < 1 lowers them, 0 takes them away, 1 changes nothing.
+    `spans` are token positions by sample index; `queries` last steers the last token's alone.
     """
 
     name: str
     heads: Heads
     boost: float
+    spans: Mapping[int, Sequence[int]] = field(default_factory=dict, repr=False)
+    queries: Queries = "all"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.boost) and self.boost >= 0):
@@ -51,9 +41,19 @@ class Steering:
     def log_boost(self) -> float:
         return math.log(self.boost) if self.boost else -math.inf
 
-    def start(self) -> int | None:
-        """The first layer it changes; None where it changes nothing."""
+    @property
+    def first_layer(self) -> int | None:
         return None if self.boost == 1 else min((layer for layer, _ in self.heads), default=None)
+
+    def hooks(self, rows: Rows) -> list[Hook]:
+        info = rows.model.info
+        table = boosts_of(self, info.n_layers, info.n_heads)
+        first_query = rows.last if self.queries == "last" else None
+        return steer_hooks(table, self.span(rows), first_query)
+
+    def span(self, rows: Rows) -> Bool[Tensor, "batch pos"]:
+        """True at the tokens of each row's span."""
+        return span_mask([self.spans[s.index] for s in rows.samples], rows.mask)
 
 
 def shifted_scores(
@@ -86,7 +86,6 @@ def steer_hooks(
     log_boost: Float[Tensor, "#row layer head"],
     span: Bool[Tensor, "row prompt"],
     first_query: Int[Tensor, " row"] | None = None,
-    first_layer: int = 0,
 ) -> list[Hook]:
     """Hooks that steer every layer with a boost in it; each row has its span and its boosts."""
 
@@ -97,17 +96,14 @@ def steer_hooks(
         return edit
 
     layers = (log_boost != 0).any(2).any(0).nonzero().flatten().tolist()
-    return [(hook_names.scores(layer), editor(layer)) for layer in layers if layer >= first_layer]
+    return [(hook_names.scores(layer), editor(layer)) for layer in layers]
 
 
-def boosts_of(
-    steerings: Sequence[Steering], n_layers: int, n_heads: int
-) -> Float[Tensor, "steering layer head"]:
+def boosts_of(steering: Steering, n_layers: int, n_heads: int) -> Float[Tensor, "1 layer head"]:
     """log(boost) of every head, 0 where it is not steered; float64, on the host."""
-    table = torch.zeros(len(steerings), n_layers, n_heads, dtype=torch.float64)
-    for row, steering in enumerate(steerings):
-        for layer, head in steering.heads:
-            table[row, layer, head] = steering.log_boost
+    table = torch.zeros(1, n_layers, n_heads, dtype=torch.float64)
+    for layer, head in steering.heads:
+        table[0, layer, head] = steering.log_boost
     return table
 
 
@@ -123,178 +119,44 @@ def span_mask(
 
 
 @dataclass(frozen=True)
-class HowSteered:
-    """How steered runs are batched, and which queries are steered."""
+class SpanWeight(Metric):
+    """The values of another metric, and `weight`: the last token's attention to the span.
 
-    batch_size: int = 8
-    max_batch_tokens: int | str = "auto"
-    padding_side: str = "right"
-    queries: Queries = "all"
-    share: bool = True
-
-
-@dataclass
-class Steered:
-    """Per steering and sample, the clean run first: the readout's values; and weights.
-
-    A weight is the attention of the last token to the span, the sum over its tokens. `weight`
-    [steering, sample] is the mean over each steering's own heads; `clean_weight` has every head
-    of the layers that are steered, NaN in the others.
+    The sum over the span's tokens, the mean over each steering's own heads. `heads` are all
+    heads of the steerings: the patterns of their layers are read in every run, so that steered
+    and clean runs take the same path and differ by the steering alone.
     """
 
-    values: dict[str, Float[np.ndarray, "run sample"]]
-    weight: Float[np.ndarray, "steering sample"]
-    clean_weight: Float[np.ndarray, "sample layer head"]
+    other: Metric
+    spans: Mapping[int, Sequence[int]]
+    heads: Heads
 
-    def clean_mean(self, heads: Heads) -> Float[np.ndarray, " sample"]:
-        """The clean run's weight, mean over some heads."""
-        layers, columns = np.array(heads).T
-        return self.clean_weight[:, layers, columns].mean(1)
+    @property
+    def last_only(self) -> bool:
+        return self.other.last_only
 
+    def hooks(self, rows: Rows) -> list[Hook]:
+        span = span_mask([self.spans[s.index] for s in rows.samples], rows.mask)
 
-@torch.inference_mode()
-def run_steered(
-    model: Model,
-    samples: Sequence[Encoded],
-    spans: Sequence[Sequence[int]],
-    steerings: Sequence[Steering],
-    readout: Any,
-    *,
-    how: HowSteered | None = None,
-    progress: bool = False,
-) -> Steered:
-    """The clean run and every steering, over all samples; rows in the samples' order.
+        def reader(layer: int) -> Callable[[Tensor, Any], None]:
+            def read(pattern: Tensor, hook: Any) -> None:
+                at = torch.arange(len(span), device=pattern.device)
+                rows.found[f"weight {layer}"] = weight_on(pattern[at, :, rows.last], span)
 
-    `spans[i]` are the token positions of sample i. Steerings that begin at the same layer are
-    stacked along the batch and start there from the clean run's residual. The clean run takes
-    the same way through the layers that are steered, so that what differs is the steering.
-    """
-    how = how or HowSteered()
-    n_runs, info = 1 + len(steerings), model.info
-    values: dict[str, np.ndarray] = {}
-    clean = np.full((len(samples), info.n_layers, info.n_heads), np.nan)
-    weight = np.full((len(steerings), len(samples)), np.nan)
-    row_of = {sample.index: row for row, sample in enumerate(samples)}
-    bound = how.max_batch_tokens
-    most = auto_batch_tokens(model) if bound == "auto" else int(bound)
-    # A bridge's own mask handling is only relied on where padding cannot come before a token.
-    side = how.padding_side if model.engine.starts_late else "right"
-    bar = tqdm(total=len(samples) * n_runs, unit="run", disable=not progress, desc="steer")
-    for chosen in plan_batches(Group(tuple(samples), 0), how.batch_size, most):
-        rows = [row_of[sample.index] for sample in chosen]
-        batch = make_batch(chosen, side)
-        runs = _SteeredRuns(model, batch, [spans[row] for row in rows], steerings, readout, how)
-        for numbers, found, seen in runs:
-            for name, value in found.items():
-                table = values.setdefault(name, np.full((n_runs, len(samples)), np.nan))
-                table[np.ix_(numbers, rows)] = value.double().cpu().numpy()
-            for i, number in enumerate(numbers):
-                if number == 0:
-                    for layer, by_head in seen.items():
-                        clean[rows, layer] = by_head[i].cpu().numpy()
-                else:
-                    own = [seen[la][i, :, head] for la, head in steerings[number - 1].heads]
-                    weight[number - 1, rows] = torch.stack(own).mean(0).cpu().numpy()
-            bar.update(len(numbers) * len(rows))
-    bar.close()
-    return Steered(values, weight, clean)
+            return read
 
+        layers = sorted({layer for layer, _ in self.heads})
+        return [(hook_names.pattern(layer), reader(layer)) for layer in layers]
 
-Rows = tuple[list[int], Mapping[str, Tensor], dict[int, Tensor]]
+    def __call__(self, runs: Sequence[Rows], resid: Sequence[Resid], clean: Resid) -> ByName:
+        each = [self._weight(rows) for rows in runs]
+        return self.other(runs, resid, clean) | {"weight": torch.stack(each)}
 
-
-class _SteeredRuns:
-    """All runs of one batch: (numbers of the runs, 0 is clean; values; weights) at a time."""
-
-    def __init__(
-        self, model: Model, batch: Batch, spans: Sequence[Sequence[int]],
-        steerings: Sequence[Steering], readout: Any, how: HowSteered,
-    ) -> None:  # fmt: skip
-        self.model, self.batch, self.readout, self.how = model, batch, readout, how
-        self.steerings = steerings
-        self.ids, self.mask = batch.ids.to(model.device), batch.mask.to(model.device)
-        self.last = last_real_position(self.mask)
-        self.span = span_mask(spans, self.mask)
-        self.layers = sorted({layer for s in steerings for layer, _ in s.heads})
-        self.share = how.share and model.engine.starts_late
-        self.before: dict[int, Tensor] = {}
-
-    def __iter__(self) -> Iterator[Rows]:
-        starts = sorted({s for s in (one.start() for one in self.steerings) if s is not None})
-        keep = edits.read_resid(starts if self.share else [], False, self.before.__setitem__)
-        clean, seen = self._run(Start(self.ids), 1, keep, 0)
-        found = self.readout(self.model, self.batch, self.mask, clean, clean[0])
-        same = [0, *(i for i, s in enumerate(self.steerings, 1) if s.start() is None)]
-        for number in same:  # nothing changed: the clean run itself, bit for bit
-            yield [number], found, seen
-        for start, numbers in self._stacks():
-            resid, weights = self._steered(start, numbers)
-            for layer in seen:
-                if layer < start:  # the clean run's
-                    weights[layer] = seen[layer].expand(len(numbers), -1, -1)
-            changed = self.readout(self.model, self.batch, self.mask, resid, clean[0])
-            yield numbers, changed, weights
-
-    def _stacks(self) -> Iterator[tuple[int, list[int]]]:
-        """Steerings that begin at the same layer, as many as fit."""
-        by_start: dict[int, list[int]] = defaultdict(list)
-        for number, steering in enumerate(self.steerings, 1):
-            start = steering.start()
-            if start is not None:
-                by_start[start].append(number)
-        n_rows, width = self.batch.ids.shape
-        scores = n_rows * self.model.info.n_heads * width**2
-        most = max(1, MOST_SCORES.get(self.model.device.type, 2**24) // scores)
-        for start, numbers in by_start.items():
-            for first in range(0, len(numbers), most):
-                yield start, numbers[first : first + most]
-
-    def _steered(self, start: int, numbers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        n, info = len(numbers), self.model.info
-        chosen = [self.steerings[number - 1] for number in numbers]
-        log_boost = boosts_of(chosen, info.n_layers, info.n_heads)
-        changes = steer_hooks(
-            log_boost.repeat_interleave(len(self.batch), 0),
-            self.span.repeat(n, 1),
-            self.last.repeat(n) if self.how.queries == "last" else None,
-        )
-        begin = Start(self.ids.repeat(n, 1))
-        if self.share:
-            begin = Start(layer=start, resid=self.before[start].repeat(n, 1, 1))
-        return self._run(begin, n, changes, start)
-
-    def _run(
-        self, begin: Start, n: int, hooks: Sequence[Hook], first: int
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """The final residual [run, batch, pos, d_model], and weights [run, batch, head]."""
-        seen: dict[int, Tensor] = {}
-        last, mask = self.last.repeat(n), self.mask.repeat(n, 1)
-        tail = Tail(last, False, True) if self.readout.last_only else None
-        readers = [
-            read_span_weight(layer, self.span.repeat(n, 1), last, seen)
-            for layer in self.layers
-            if layer >= first
-        ]
-        resid = self.model.engine.run(begin, mask, [*hooks, *readers], tail=tail)
-        if tail is not None and resid.shape[1] > 1:
-            resid = take_position(resid, last)
-        size = (n, len(self.batch))
-        return resid.unflatten(0, size), {k: w.unflatten(0, size) for k, w in seen.items()}
-
-
-def read_span_weight(
-    layer: int,
-    span: Bool[Tensor, "row prompt"],
-    query: Int[Tensor, " row"],
-    into: dict[int, Tensor],
-) -> Hook:
-    """Put sum over the span of pattern[row, head, query, key] into `into[layer]`, [row, head]."""
-
-    def read(pattern: Tensor, hook: Any) -> None:
-        rows = torch.arange(len(query), device=pattern.device)
-        into[layer] = weight_on(pattern[rows, :, query], span)
-
-    return hook_names.pattern(layer), read
+    def _weight(self, rows: Rows) -> Float[Tensor, " batch"]:
+        if not isinstance(rows.intervention, Steering):
+            return torch.full_like(rows.last, torch.nan, dtype=torch.float64)
+        heads = rows.intervention.heads
+        return torch.stack([rows.found[f"weight {la}"][:, h] for la, h in heads]).mean(0)
 
 
 def weight_on(

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,10 +11,10 @@ import xarray as xr
 
 from tl_headnorm.commands.ablate.settings import AblateSettings
 from tl_headnorm.commands.collect.measuring import measure_samples
-from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward
+from tl_headnorm.engine.protocol import Start
 from tl_headnorm.errors import InputError
+from tl_headnorm.interventions.edits import Ablation
 from tl_headnorm.interventions.heads import (
     Heads,
     all_heads,
@@ -25,10 +24,12 @@ from tl_headnorm.interventions.heads import (
     parse_layers,
     ranked_heads,
 )
-from tl_headnorm.interventions.metrics import Letters, NextTokens
+from tl_headnorm.interventions.intervention import Rows
+from tl_headnorm.interventions.metrics import Letters, Metric, NextTokens, Profile
 from tl_headnorm.interventions.replacements import Reference, gather_reference
-from tl_headnorm.interventions.runner import Options, Outcome, Variant, run_variants
+from tl_headnorm.interventions.runner import Values, run
 from tl_headnorm.model.loading import Model
+from tl_headnorm.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Data:
     answers: Sequence[int] | None = None
 
     @property
-    def readout(self) -> Any:
+    def metric(self) -> Metric:
         return NextTokens() if self.answers is None else Letters(self.answers)
 
 
@@ -56,22 +57,22 @@ def split_reference(encoded: Sequence[Encoded], n_reference: int, most: int = -1
     return Data(samples, encoded[len(encoded) - kept :] if kept else samples)
 
 
-def sets_of(model: Model, settings: AblateSettings) -> list[Variant]:
+def sets_of(model: Model, settings: AblateSettings) -> list[Ablation]:
     """The sets of heads and MLPs the settings ask for, with the first method."""
     n_layers, n_heads = model.info.n_layers, model.info.n_heads
     layers = parse_layers(settings.layers, n_layers)
     if settings.experiment == "components":
         return _components(layers, n_layers, n_heads)
     found = [
-        Variant(name, heads=heads)
+        Ablation(name, heads=heads)
         for name, heads in _head_sets(settings, layers, n_layers, n_heads)
     ]
     if settings.mlps == "sweep":
-        found += [Variant(f"mlp {layer}", mlps=(layer,)) for layer in layers]
+        found += [Ablation(f"mlp {layer}", mlps=(layer,)) for layer in layers]
     elif settings.mlps != "none":
         off = layers if settings.mlps == "all" else parse_layers(settings.mlps, n_layers, "mlps")
         name = "all mlps" if len(off) == n_layers else f"mlps {','.join(map(str, off))}"
-        found.append(Variant(name, mlps=off))
+        found.append(Ablation(name, mlps=off))
     if not found and settings.input_threshold is None:
         raise InputError("heads: expected heads or MLPs to remove, found none of either")
     return found
@@ -101,18 +102,18 @@ def _head_sets(
     return [(label(heads), heads)]
 
 
-def _components(layers: Sequence[int], n_layers: int, n_heads: int) -> list[Variant]:
+def _components(layers: Sequence[int], n_layers: int, n_heads: int) -> list[Ablation]:
     """All heads, all MLPs, and each layer's of either."""
     whole = "all" if len(layers) == n_layers else "chosen"
     return [
-        Variant(f"{whole} heads", heads=all_heads(layers, n_heads)),
-        Variant(f"{whole} mlps", mlps=tuple(layers)),
-        *(Variant(f"heads of layer {la}", heads=all_heads([la], n_heads)) for la in layers),
-        *(Variant(f"mlp {layer}", mlps=(layer,)) for layer in layers),
+        Ablation(f"{whole} heads", heads=all_heads(layers, n_heads)),
+        Ablation(f"{whole} mlps", mlps=tuple(layers)),
+        *(Ablation(f"heads of layer {la}", heads=all_heads([la], n_heads)) for la in layers),
+        *(Ablation(f"mlp {layer}", mlps=(layer,)) for layer in layers),
     ]
 
 
-def with_methods(sets: Sequence[Variant], methods: Sequence[str]) -> list[Variant]:
+def with_methods(sets: Sequence[Ablation], methods: Sequence[str]) -> list[Ablation]:
     """Every set of heads by every method; MLPs are switched off, which is one method."""
     return [
         replace(one, method=method)
@@ -124,7 +125,7 @@ def with_methods(sets: Sequence[Variant], methods: Sequence[str]) -> list[Varian
 
 def threshold_sets(
     values: np.ndarray, threshold: float, measure: str, relative: bool
-) -> list[Variant]:
+) -> list[Ablation]:
     """Heads under a threshold: of each input by itself, and one set for all by the mean.
 
     `values` [sample, layer, head]. The two are different experiments: the first may spare a head
@@ -136,8 +137,8 @@ def threshold_sets(
     heads = tuple((int(layer), int(head)) for layer, head in np.argwhere(static))
     text = f"{measure} < {threshold:g}{unit}"
     return [
-        Variant(f"per input: {text}", masks=shares < threshold),
-        Variant(f"static: {text}", heads=heads),
+        Ablation(f"per input: {text}", masks=shares < threshold),
+        Ablation(f"static: {text}", heads=heads),
     ]
 
 
@@ -146,7 +147,7 @@ def ablate(
     data: Data,
     settings: AblateSettings | None = None,
     *,
-    sets: Sequence[Variant] | None = None,
+    sets: Sequence[Ablation] | None = None,
     progress: bool = False,
 ) -> xr.Dataset:
     """The effect of every set by every method, beside the clean model (set `clean`, first).
@@ -154,28 +155,36 @@ def ablate(
     Dims (set, sample): `correct`, `loss`, `kl` per sample; over samples `accuracy`,
     `accuracy_drop` (clean minus changed), `loss_delta`. What the numbers cannot tell: a head
     whose removal costs nothing may still do its work, where another one takes over.
+
+    1 sets of heads and MLPs, by every method  2 reference activations that replace z
+    3 run them  4 label the values by set and sample.
     """
     settings = settings or AblateSettings()
+    # 1
     sets = list(sets_of(model, settings) if sets is None else sets)
     if settings.input_threshold is not None:
-        measured = measure_samples(
-            model, data.samples, token_agg=settings.token_agg, batch_size=settings.batch_size
-        ).values[settings.threshold_measure]
-        sets += threshold_sets(
-            measured, settings.input_threshold, settings.threshold_measure,
-            settings.threshold_relative,
-        )  # fmt: skip
-    variants = with_methods(sets, settings.methods)
+        sets += _threshold_sets(model, data, settings, settings.input_threshold)
+    ablations = with_methods(sets, settings.methods)
+    # 2
     reference = _reference(model, data, settings)
-    options = Options(
-        batch_size=settings.batch_size, max_batch_tokens=settings.max_batch_tokens,
-        padding_side=settings.padding_side, seed=settings.seed, profile=settings.profile,
+    # 3
+    metric = Profile(data.metric) if settings.profile else data.metric
+    values = run(
+        model, data.samples, ablations, metric, settings=settings, reference=reference,
+        progress="ablate" if progress else None,
     )  # fmt: skip
-    outcome = run_variants(
-        model, data.samples, variants, data.readout,
-        reference=reference, options=options, progress=progress,
-    )  # fmt: skip
-    return as_dataset(outcome, variants, data)
+    # 4
+    return as_dataset(values, ablations, data)
+
+
+def _threshold_sets(
+    model: Model, data: Data, settings: AblateSettings, threshold: float
+) -> list[Ablation]:
+    measured = measure_samples(
+        model, data.samples, token_agg=settings.token_agg, batch_size=settings.batch_size
+    ).values[settings.threshold_measure]
+    measure, relative = settings.threshold_measure, settings.threshold_relative
+    return threshold_sets(measured, threshold, measure, relative)
 
 
 def _reference(model: Model, data: Data, settings: AblateSettings) -> Reference | None:
@@ -187,14 +196,14 @@ def _reference(model: Model, data: Data, settings: AblateSettings) -> Reference 
     )  # fmt: skip
 
 
-def as_dataset(outcome: Outcome, variants: Sequence[Variant], data: Data) -> xr.Dataset:
-    """What came out, labelled; `layer` and `head` are -1 where a set has several (or none)."""
-    places = [_place(v) for v in variants]
+def as_dataset(values: Values, ablations: Sequence[Ablation], data: Data) -> xr.Dataset:
+    """The values by set and sample; `layer` and `head` are -1 where a set has several (or none)."""
+    places = [_place(one) for one in ablations]
     result = xr.Dataset(
-        {name: (("set", "sample"), value) for name, value in outcome.values.items()},
+        {name: (("set", "sample"), values[name]) for name in ("correct", "loss", "kl")},
         coords={
-            "set": np.array(["clean", *(v.name for v in variants)], dtype=object),
-            "method": ("set", np.array(["none", *(v.method for v in variants)], dtype=object)),
+            "set": np.array(["clean", *(v.name for v in ablations)], dtype=object),
+            "method": ("set", np.array(["none", *(v.method for v in ablations)], dtype=object)),
             "layer": ("set", np.array([-1, *(layer for layer, _ in places)])),
             "head": ("set", np.array([-1, *(head for _, head in places)])),
             "n_tokens": ("sample", np.array([len(s) for s in data.samples])),
@@ -208,21 +217,21 @@ def as_dataset(outcome: Outcome, variants: Sequence[Variant], data: Data) -> xr.
     mean = result["loss"].weighted(weights).mean("sample")
     result["mean_loss"], result["loss_delta"] = mean, mean - mean[0]
     result["mean_kl"] = result["kl"].weighted(weights).mean("sample")
-    for name, value in outcome.profile.items():
-        result[f"profile_{name}"] = (("set", "sample", "block"), value)
+    for name in (column for column in Profile.columns if column in values):
+        result[f"profile_{name}"] = (("set", "sample", "block"), values[name])
     result.attrs["loss_of"] = "next token" if data.answers is None else "answer letter"
     if data.answers is None:
         result["perplexity"] = np.exp(result["mean_loss"])
     return result
 
 
-def _place(variant: Variant) -> tuple[int, int]:
-    if variant.masks is not None:
+def _place(ablation: Ablation) -> tuple[int, int]:
+    if ablation.masks is not None:
         return -1, -1
-    layers = {layer for layer, _ in variant.heads} | set(variant.mlps)
+    layers = {layer for layer, _ in ablation.heads} | set(ablation.mlps)
     layer = layers.pop() if len(layers) == 1 else -1
-    alone = len(variant.heads) == 1 and not variant.mlps
-    return layer, variant.heads[0][1] if alone else -1
+    alone = len(ablation.heads) == 1 and not ablation.mlps
+    return layer, ablation.heads[0][1] if alone else -1
 
 
 def effects_table(result: xr.Dataset) -> pd.DataFrame:
@@ -245,20 +254,23 @@ def effects_table(result: xr.Dataset) -> pd.DataFrame:
 
 @torch.inference_mode()
 def sharing_ratio(
-    model: Model, samples: Sequence[Encoded], answers: Sequence[int], options: Options | None = None
+    model: Model,
+    samples: Sequence[Encoded],
+    answers: Sequence[int],
+    settings: Settings | None = None,
 ) -> dict[str, float]:
     """Seconds of a zero sweep over every single head: one full forward each against shared work.
 
     Also the largest difference between the two in the loss, which must be rounding alone.
     """
     heads = all_heads(range(model.info.n_layers), model.info.n_heads)
-    readout = Letters(answers)
+    metric = Letters(answers)
     clock = time.perf_counter()
-    slow = np.array([[_one_forward(model, s, readout, h) for s in samples] for h in heads])
+    slow = np.array([[_one_forward(model, s, metric, h) for s in samples] for h in heads])
     full_seconds = time.perf_counter() - clock
-    variants = [Variant(f"head {la}.{h}", heads=((la, h),)) for la, h in heads]
+    ablations = [Ablation(f"head {la}.{h}", heads=((la, h),)) for la, h in heads]
     clock = time.perf_counter()
-    outcome = run_variants(model, samples, variants, readout, options=options)
+    values = run(model, samples, ablations, metric, settings=settings)
     shared_seconds = time.perf_counter() - clock
     return {
         "n_heads": float(len(heads)),
@@ -266,16 +278,14 @@ def sharing_ratio(
         "full_seconds": full_seconds,
         "shared_seconds": shared_seconds,
         "ratio": full_seconds / shared_seconds,
-        "worst_loss_difference": float(np.abs(slow - outcome.values["loss"][1:]).max()),
+        "worst_loss_difference": float(np.abs(slow - values["loss"][1:]).max()),
     }
 
 
-def _one_forward(model: Model, sample: Encoded, readout: Letters, head: tuple[int, int]) -> float:
+def _one_forward(model: Model, sample: Encoded, metric: Letters, head: tuple[int, int]) -> float:
     """The loss by the plain way: the whole model, one head, one sample."""
-    batch = make_batch([sample], "right")
-    ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-    with forward.zero_heads(model.tl, [head]):
-        whole = forward.run_resid(model.tl, ids, mask)
-        forward.logits(model.tl, whole)  # a plain forward unembeds every position
-    resid = whole[:, -1:]
-    return float(readout(model, batch, mask, resid[None], resid)["loss"][0, 0])
+    rows = Rows.pad(model, [sample], "right")
+    with model.engine.zero_heads([head]):
+        resid = model.engine.run(Start(rows.ids), rows.mask)
+        model.engine.logits(resid)  # a plain forward unembeds every position
+    return float(metric.loss(rows, resid)[0])

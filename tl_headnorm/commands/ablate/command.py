@@ -14,7 +14,6 @@ from tl_headnorm.commands.ablate.settings import AblateSettings
 from tl_headnorm.commands.ablate.summary import summary
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.texts import Texts, windows
-from tl_headnorm.interventions.runner import Options
 from tl_headnorm.model.loading import Model
 from tl_headnorm.run.files import write_json, write_text
 from tl_headnorm.run.loading import run_dir, say
@@ -101,9 +100,8 @@ def _timed(model: Model, data: ablate.Data, settings: AblateSettings) -> dict[st
     """The sweep's speed against the plain way, where it is asked for."""
     if not settings.time_sharing or data.answers is None:
         return None
-    options = Options(settings.batch_size, settings.max_batch_tokens, settings.padding_side)
     chosen = data.samples[: settings.time_sharing]
-    return ablate.sharing_ratio(model, chosen, data.answers, options)
+    return ablate.sharing_ratio(model, chosen, data.answers, settings)
 
 
 def _origin(data: ablate.Data, settings: AblateSettings) -> str:

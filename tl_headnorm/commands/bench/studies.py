@@ -23,9 +23,11 @@ from tl_headnorm.commands.bench.contenders import Bench, Contender, Run, copied_
 from tl_headnorm.data.batches import Batch, batches_in_order
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names
+from tl_headnorm.interventions import runner
+from tl_headnorm.interventions.edits import Ablation
 from tl_headnorm.interventions.heads import all_heads
 from tl_headnorm.interventions.metrics import Letters
-from tl_headnorm.interventions.runner import Options, Variant, run_variants
+from tl_headnorm.settings import Settings
 
 STEPS = 8
 # Of the largest value: gradients of a narrow type are noisy, and so are small scores.
@@ -142,18 +144,14 @@ def _our_integral(bench: Bench) -> Run:
 def _our_sweep(bench: Bench) -> Run:
     info = bench.model.info
     heads = all_heads(range(info.n_layers), info.n_heads)
-    variants = [Variant(f"head {layer}.{head}", heads=((layer, head),)) for layer, head in heads]
+    ablations = [Ablation(f"{layer}.{head}", heads=((layer, head),)) for layer, head in heads]
 
-    @torch.inference_mode()
     def run(samples: Sequence[Encoded]) -> dict[str, np.ndarray]:
         lettered, answers = answered(bench, samples)
-        right = np.zeros(1 + max(s.index for s in lettered), dtype=int)
-        right[[s.index for s in lettered]] = answers
-        options = Options(bench.settings.batch_size)
-        found = run_variants(
-            bench.model, lettered, variants, Letters(right.tolist()), options=options
-        )
-        loss = np.asarray(found.values["loss"][1:]).T
+        right = {s.index: a for s, a in zip(lettered, answers, strict=True)}
+        settings = Settings(batch_size=bench.settings.batch_size)
+        values = runner.run(bench.model, lettered, ablations, Letters(right), settings=settings)
+        loss = np.asarray(values["loss"][1:]).T
         return {"loss": loss.reshape(len(samples), info.n_layers, info.n_heads)}
 
     return run

@@ -25,7 +25,6 @@ from tl_headnorm.data.questions import Question
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError, nearest
 from tl_headnorm.interventions.replacements import gather_reference
-from tl_headnorm.interventions.runner import Options
 from tl_headnorm.measures import FOLLOW_TOKEN_AGG, Measure, choose_measures
 from tl_headnorm.model.loading import Model
 from tl_headnorm.run import results
@@ -147,10 +146,15 @@ def find_inactive(
     `orders` are further rankings [layer, head], larger is more useful, such as attributions'.
     Accuracy and loss are those of the options' letters. What the numbers cannot tell: whether
     what is off does nothing at all, or nothing that these questions ask for.
+
+    1 split the questions  2 score heads on one part  3 run the other part without the heads that
+    each score chooses  4 areas, a ranking of the scores, a verdict.
     """
+    # 1
     prepared = prepare(model.tokenizer, model.n_ctx, questions, settings)
     encoded, answers = prepared.encoded, [q.answer for q in questions]
     split = split_rows(len(encoded), settings.calibration_share)
+    # 2
     if run is None:
         measures, values = measure_here(model, encoded, answers, settings)
     else:
@@ -161,12 +165,10 @@ def find_inactive(
         {n: v[split.held_out] for n, v in values.items()},
         normalise=settings.normalise, above=_above(settings, measures),
     )  # fmt: skip
-    options = Options(
-        settings.batch_size, settings.max_batch_tokens, settings.padding_side, settings.seed
-    )
     ranking_samples = [encoded[i] for i in split.calibration]
-    scores += _combined(model, scores, ranking_samples, answers, settings, options)
+    scores += _combined(model, scores, ranking_samples, answers, settings)
     scores += [fixed_order(name, value) for name, value in (orders or {}).items()]
+    # 3
     reference = None
     if "mean" in settings.methods:
         reference = gather_reference(
@@ -175,13 +177,10 @@ def find_inactive(
         )  # fmt: skip
     bench = Bench(
         model, numbered([encoded[i] for i in split.held_out]),
-        [answers[i] for i in split.held_out], settings.shares, options, reference,
-        progress=progress,
+        [answers[i] for i in split.held_out], settings, reference, progress=progress,
     )  # fmt: skip
-    curves = all_curves(
-        bench, scores, modes=settings.chosen_modes, methods=settings.methods,
-        random_orders=settings.random_orders, seed=settings.seed,
-    )  # fmt: skip
+    curves = all_curves(bench, scores)
+    # 4
     return _judged(scores, curves, bench, split, prepared, settings)
 
 
@@ -203,7 +202,6 @@ def _combined(
     samples: Sequence[Encoded],
     answers: Sequence[int],
     settings: InactiveSettings,
-    options: Options,
 ) -> list[Score]:
     """Mean rank, leave-one-out effects, and the logistic model of them."""
     found: list[Score] = []
@@ -212,7 +210,7 @@ def _combined(
         found.append(mean_rank(plain))
     if settings.loo_samples:
         few = samples[: settings.loo_samples]
-        effect = leave_one_out(model, few, [answers[s.index] for s in few], options)
+        effect = leave_one_out(model, few, [answers[s.index] for s in few], settings)
         if settings.combine and len(plain) > 1:
             found.append(logistic(plain, effect, settings.seed))
         found.append(fixed_order(LEAVE_ONE_OUT, effect))

@@ -12,16 +12,16 @@ import xarray as xr
 from jaxtyping import Float
 
 from tl_headnorm.commands.massive.settings import MassiveSettings
-from tl_headnorm.data.batches import batches_in_order, make_batch
+from tl_headnorm.data.batches import batches_in_order
 from tl_headnorm.data.tokens import Encoded
+from tl_headnorm.engine.protocol import Start
 from tl_headnorm.interventions import edits
-from tl_headnorm.interventions.edits import SetActivations, Start
+from tl_headnorm.interventions.edits import Ablation, SetActivations
 from tl_headnorm.interventions.heads import Heads, all_heads
+from tl_headnorm.interventions.intervention import Intervention, Rows
 from tl_headnorm.interventions.magnitudes import massive as is_massive
-from tl_headnorm.interventions.metrics import Letters, NextTokens, Nothing
-from tl_headnorm.interventions.replacements import replacement
-from tl_headnorm.interventions.runner import Options, Outcome, Variant, run_variants
-from tl_headnorm.measures import last_real_position
+from tl_headnorm.interventions.metrics import Letters, NextTokens, Profile
+from tl_headnorm.interventions.runner import Values, run
 from tl_headnorm.model.loading import Model
 
 
@@ -70,7 +70,7 @@ def massive_entries(
                 entry.tokens[int(ids[row, pos])] += 1
 
         readers = edits.read_resid(range(model.info.n_layers), True, take)
-        edits.run_hooked(model.tl, Start(ids), mask, readers)
+        model.engine.run(Start(ids), mask, readers)
     rows = [_entry_row(*key, entry, len(samples)) for key, entry in sorted(found.items())]
     return pd.DataFrame(rows, columns=list(_entry_row(0, 0, _Entry(1, [0.0]), 1)))
 
@@ -104,7 +104,7 @@ def head_sinks(
     parts = []
     for batch in batches_in_order(kept, batch_size, "right"):
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-        parts.append(edits.read_sinks(model.tl, ids, mask, position))
+        parts.append(edits.read_sinks(model.engine, ids, mask, position))
     mean = {
         name: torch.cat([getattr(part, name) for part in parts]).mean(0).cpu().numpy()
         for name in ("weight", "contribution", "uniform")
@@ -118,9 +118,9 @@ def head_sinks(
     )
 
 
-def profile_of(outcome: Outcome, row: int = 0) -> xr.Dataset:
+def profile_of(model: Model, samples: Sequence[Encoded], settings: MassiveSettings) -> xr.Dataset:
     """Per layer, means over sequences of top1-3, median and top1 / median; the usual place."""
-    seen = {name: values[row] for name, values in outcome.profile.items()}
+    seen = {k: v[0] for k, v in run(model, samples, [], Profile(), settings=settings).items()}
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = (seen["top1"] / seen["median"]).mean(0)
     columns = {name: seen[name].mean(0) for name in ("top1", "top2", "top3", "median")}
@@ -158,13 +158,13 @@ def is_layer_sweep(name: str) -> bool:
     return name.startswith(("heads of layer ", "mlp "))
 
 
-def study_variants(
+def interventions_of(
     model: Model,
     settings: MassiveSettings,
     pruned: dict[str, Heads],
     entries: pd.DataFrame,
     layer: int,
-) -> list[Variant]:
+) -> list[Intervention]:
     """Everything that is changed: pruned heads, set activations, and who makes them."""
     n_layers, n_heads = model.info.n_layers, model.info.n_heads
     least = settings.least if len(entries) else None
@@ -172,65 +172,66 @@ def study_variants(
     here = entries[entries["layer"] == layer]
     means[here["dim"].to_numpy(int)] = here["mean_value"]
     values = torch.from_numpy(means).to(model.device, torch.float32)
-    found = [Variant(name, heads=heads) for name, heads in pruned.items()]
+    found: list[Intervention] = [Ablation(name, heads=heads) for name, heads in pruned.items()]
     what = "massive activations" if len(entries) else "largest activation"
-    zeroed = SetActivations(layer, least, settings.ratio)
-    found.append(Variant(f"{what} to zero", activations=zeroed))
+    found.append(SetActivations(f"{what} to zero", layer, least, settings.ratio))
     if len(entries):
-        meant = SetActivations(layer, least, settings.ratio, values)
-        found.append(Variant(f"{what} to mean", activations=meant))
+        found.append(SetActivations(f"{what} to mean", layer, least, settings.ratio, values))
     has_mlps = not model.tl.cfg.attn_only
-    found.append(Variant("all heads", heads=all_heads(range(n_layers), n_heads)))
+    found.append(Ablation("all heads", heads=all_heads(range(n_layers), n_heads)))
     if has_mlps:
-        found.append(Variant("all mlps", mlps=tuple(range(n_layers))))
+        found.append(Ablation("all mlps", mlps=tuple(range(n_layers))))
     if settings.sweep_layers:
         found += [
-            Variant(f"heads of layer {i}", heads=all_heads([i], n_heads)) for i in range(n_layers)
+            Ablation(f"heads of layer {i}", heads=all_heads([i], n_heads)) for i in range(n_layers)
         ]
-        found += [Variant(f"mlp {i}", mlps=(i,)) for i in range(n_layers) if has_mlps]
+        found += [Ablation(f"mlp {i}", mlps=(i,)) for i in range(n_layers) if has_mlps]
     return found
 
 
 def study_massive(
     model: Model, inputs: Inputs, settings: MassiveSettings | None = None, progress: bool = False
 ) -> xr.Dataset:
-    """The whole study. Dims layer, head, set (`clean` first), token, dim, entry.
+    """Massive activations of a model. Dims layer, head, set (`clean` first), token, dim, entry.
 
     What the numbers cannot tell: a large activation is not thereby a used one; only the runs
     that set it to zero or to its mean speak of use.
+
+    1 where they are: dimensions and the curve over layers  2 which heads attend to their token
+    3 runs without heads, MLPs or the activations themselves  4 the same with (or without) BOS,
+    and the picture before and after pruning.
     """
     settings = settings or MassiveSettings(dataset="none", texts="")
-    options = Options(settings.batch_size, settings.max_batch_tokens, settings.padding_side,
-                      settings.seed, profile=True)  # fmt: skip
-    entries = massive_entries(
-        model, inputs.samples, settings.least, settings.ratio, settings.batch_size
-    )
-    quick = run_variants(model, inputs.samples, [], Nothing(), options=options)
-    curve = profile_of(quick)
-    # The first layer where they stand: later ones only carry them on.
-    layer = int(entries["layer"].min()) if len(entries) else int(curve["ratio"].values.argmax())
+    # 1
+    least, ratio, batch_size = settings.least, settings.ratio, settings.batch_size
+    entries = massive_entries(model, inputs.samples, least, ratio, batch_size)
+    curve = profile_of(model, inputs.samples, settings)
+    steepest = int(curve["ratio"].values.argmax())
+    # The first layer where they are: later ones only carry them on.
+    layer = int(entries["layer"].min()) if len(entries) else steepest
     shown = settings.picture_layer
-    shown = (
-        int(curve["ratio"].values.argmax()) if shown < 0 else min(shown, model.info.n_layers - 1)
-    )
+    shown = steepest if shown < 0 else min(shown, model.info.n_layers - 1)
+    # 2
     position = int(curve["top1_pos"][shown]) if len(entries) else 0
-    sinks = head_sinks(model, inputs.samples, position, settings.batch_size)
+    sinks = head_sinks(model, inputs.samples, position, batch_size)
     pruned = pruned_sets(sinks[settings.rank_by].values, settings.prune, settings.seed)
-    variants = study_variants(model, settings, pruned, entries, layer)
-    readout = NextTokens() if inputs.texts else Letters(inputs.answers)
-    outcome = run_variants(
-        model, inputs.samples, variants, readout, options=options, progress=progress
-    )
-    result = xr.merge([curve, sinks, _effects(outcome, variants, inputs, model.info.dtype)])
+    # 3
+    changes = interventions_of(model, settings, pruned, entries, layer)
+    metric = Profile(NextTokens() if inputs.texts else Letters(inputs.answers))
+    values = run(
+        model, inputs.samples, changes, metric, settings=settings,
+        progress="massive" if progress else None,
+    )  # fmt: skip
+    result = xr.merge([curve, sinks, _effects(values, changes, inputs, model.info.dtype)])
     if len(inputs.prompts):
-        result["accuracy"] = ("set", _accuracy(model, inputs, variants, settings))
+        result["accuracy"] = ("set", _accuracy(model, inputs, changes, settings))
+    # 4
     for name, column in entries.items():
         result[f"entry_{name}"] = ("entry", column.to_numpy())
     if len(inputs.other_bos):
-        other = run_variants(model, inputs.other_bos, [], Nothing(), options=options)
-        for name, array in profile_of(other).items():
+        for name, array in profile_of(model, inputs.other_bos, settings).items():
             result[f"other_bos_{name}"] = array
-        changed = massive_entries(model, inputs.other_bos, settings.least, settings.ratio)
+        changed = massive_entries(model, inputs.other_bos, least, ratio)
         result.attrs["other_bos_massive_dims"] = sorted({int(d) for d in changed["dim"]})
     sample = Encoded(0, inputs.samples[0].ids[: settings.picture_tokens])
     top = next(iter(pruned.values()))
@@ -244,15 +245,15 @@ def study_massive(
 
 
 def _effects(
-    outcome: Outcome, variants: Sequence[Variant], inputs: Inputs, dtype: str
+    values: Values, changes: Sequence[Intervention], inputs: Inputs, dtype: str
 ) -> xr.Dataset:
     """Per set: the profile per layer, its change in percent, loss, perplexity or accuracy."""
-    names = np.array(["clean", *(v.name for v in variants)], dtype=object)
-    profile = outcome.profile["top1"].mean(1)
+    names = np.array(["clean", *(change.name for change in changes)], dtype=object)
+    profile = values["top1"].mean(1)
     with np.errstate(divide="ignore", invalid="ignore"):
         change = 100 * (profile - profile[0]) / profile[0]
     weights = np.array([len(s) - 1 for s in inputs.samples]) if inputs.texts else None
-    loss = np.average(outcome.values["loss"], axis=1, weights=weights)
+    loss = np.average(values["loss"], axis=1, weights=weights)
     found = xr.Dataset(
         {
             "set_top1": (("set", "layer"), profile),
@@ -265,22 +266,19 @@ def _effects(
     if inputs.texts:
         found["perplexity"] = np.exp(found["loss"])
     else:
-        found["accuracy"] = ("set", outcome.values["correct"].mean(1))
+        found["accuracy"] = ("set", values["correct"].mean(1))
     return found
 
 
 def _accuracy(
-    model: Model, inputs: Inputs, variants: Sequence[Variant], settings: MassiveSettings
+    model: Model, inputs: Inputs, changes: Sequence[Intervention], settings: MassiveSettings
 ) -> np.ndarray:
     """Accuracy on the prompts by set; NaN for the layer sweeps, which it is not taken of."""
-    wanted = [i for i, v in enumerate(variants) if not is_layer_sweep(v.name)]
-    options = Options(settings.batch_size, settings.max_batch_tokens, settings.padding_side)
-    outcome = run_variants(
-        model, inputs.prompts, [variants[i] for i in wanted], Letters(inputs.answers),
-        options=options,
-    )  # fmt: skip
-    found = np.full(1 + len(variants), np.nan)
-    found[[0, *(i + 1 for i in wanted)]] = outcome.values["correct"].mean(1)
+    wanted = [i for i, change in enumerate(changes) if not is_layer_sweep(change.name)]
+    chosen, metric = [changes[i] for i in wanted], Letters(inputs.answers)
+    correct = run(model, inputs.prompts, chosen, metric, settings=settings)["correct"]
+    found = np.full(1 + len(changes), np.nan)
+    found[[0, *(i + 1 for i in wanted)]] = correct.mean(1)
     return found
 
 
@@ -289,17 +287,11 @@ def picture(
     model: Model, sample: Encoded, layer: int, heads: Heads
 ) -> Float[np.ndarray, "token dim"]:
     """|x| of the residual after a layer, token by dimension, without some heads."""
-    batch = make_batch([sample], "right")
-    ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-    new = replacement("zero", layer, batch.samples, mask, None)
-    changes = []
-    for at in sorted({layer for layer, _ in heads}):
-        chosen = torch.zeros(1, 1, model.info.n_heads, dtype=torch.bool, device=model.device)
-        chosen[0, 0, [head for la, head in heads if la == at]] = True
-        changes.append(edits.replace_heads(at, chosen, new, last_real_position(mask)))
+    rows = Rows.pad(model, [sample], "right")
     kept: dict[int, torch.Tensor] = {}
     readers = edits.read_resid([layer], True, kept.__setitem__)
-    edits.run_hooked(model.tl, Start(ids), mask, [*changes, *readers])
+    hooks = [*Ablation("pruned", heads=heads).hooks(rows), *readers]
+    model.engine.run(Start(rows.ids), rows.mask, hooks)
     return kept[layer][0].abs().double().cpu().numpy()
 
 

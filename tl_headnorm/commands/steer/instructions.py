@@ -15,8 +15,8 @@ from tl_headnorm.commands.steer.prompts import Ready
 from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.engine import hook_names
 from tl_headnorm.interventions.constrained_decoding import MustInclude
-from tl_headnorm.interventions.edits import Hook
 from tl_headnorm.interventions.generation import Generated, Step, eos_ids, generate
+from tl_headnorm.interventions.intervention import Hook
 from tl_headnorm.interventions.steering import (
     Steering,
     boosts_of,
@@ -119,9 +119,9 @@ def _write(
     span = span_mask([one.span for one in ready], mask)
     watch = KeywordWatch(way.steering, span)
     hooks = [*watch.hooks()]
-    if way.steering.start() is not None:
+    if way.steering.first_layer is not None:
         info = model.info
-        table = boosts_of([way.steering], info.n_layers, info.n_heads)
+        table = boosts_of(way.steering, info.n_layers, info.n_heads)
         last = torch.full((len(rows),), ids.shape[1] - 1, device=model.device)
         first = last if settings.queries == "last" else None
         hooks = [*steer_hooks(table, span, first), *hooks]

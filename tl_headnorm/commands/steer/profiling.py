@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from tl_headnorm.commands.steer.settings import SteerSettings
-from tl_headnorm.commands.steer.steer import bootstrap_interval, how_of, readout_of
+from tl_headnorm.commands.steer.steer import bootstrap_interval, metric_of, run_steered
 from tl_headnorm.commands.steer.targets import Targets, shifted
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.plan import Group, plan_batches
@@ -17,7 +17,7 @@ from tl_headnorm.engine.memory import auto_batch_tokens
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.heads import Heads, all_heads
 from tl_headnorm.interventions.patterns import read_patterns
-from tl_headnorm.interventions.steering import Steering, run_steered
+from tl_headnorm.interventions.steering import Steering
 from tl_headnorm.measures import last_real_position
 from tl_headnorm.model.loading import Model
 
@@ -69,11 +69,10 @@ def profile(
     every = all_heads(range(info.n_layers), info.n_heads)
     boost = max(settings.boosts) if settings.profile_boost is None else settings.profile_boost
     steerings = [Steering(f"{layer}.{head}", ((layer, head),), boost) for layer, head in every]
-    found = run_steered(
-        model, targets.samples, targets.spans, steerings, readout_of(targets, answers),
-        how=how_of(settings), progress=progress,
-    )  # fmt: skip
-    effect = (found.values["target_logp"][1:] - found.values["target_logp"][0]).T
+    metric = metric_of(targets, answers)
+    values = run_steered(model, targets, steerings, metric, settings, progress=progress)
+    logp = values["target_logp"]
+    effect = (logp[1:] - logp[0]).T
     right = [answers[s.index] for s in targets.samples]
     contrast = attention_contrast(
         model, targets.samples, options, right,

@@ -1,22 +1,22 @@
 """Attention boosted at chosen heads, and what becomes of answers, loss and text."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.commands.steer.targets import Targets
-from tl_headnorm.data.batches import Batch
 from tl_headnorm.interventions.heads import Heads
-from tl_headnorm.interventions.metrics import Letters, NextTokens, Values
+from tl_headnorm.interventions.intervention import Rows
+from tl_headnorm.interventions.metrics import ByName, Letters, Metric, NextTokens, Resid
 from tl_headnorm.interventions.rankings import random_heads
-from tl_headnorm.interventions.steering import HowSteered, Steered, Steering, run_steered
+from tl_headnorm.interventions.runner import Values, run
+from tl_headnorm.interventions.steering import SpanWeight, Steering
 from tl_headnorm.model.loading import Model
 from tl_headnorm.stats import wilson
 
@@ -31,41 +31,54 @@ COLUMNS = (
 class Answers(Letters):
     """Letters, and which option was chosen and how likely the one steered to is.
 
-    `targets[index]` is an option, or -1, where `target_logp` is that of the right one.
+    `targets` are options by sample index; -1 or none: `target_logp` is that of the right one.
     """
 
-    targets: Sequence[int] = ()
+    targets: Mapping[int, int] = field(default_factory=dict)
 
-    def __call__(
-        self, model: Any, batch: Batch, mask: Tensor, resid: Tensor, clean: Tensor
-    ) -> Values:
-        """`resid` [variant, batch, 1, d_model], `clean` [batch, 1, d_model]."""
-        values = super().__call__(model, batch, mask, resid, clean)
-        found = torch.stack([self._logp(model, batch, rows[:, 0]) for rows in resid])
-        meant = [
-            self.answers[s.index] if self.targets[s.index] < 0 else self.targets[s.index]
-            for s in batch.samples
-        ]
-        at = torch.tensor(meant, device=found.device).expand(len(found), -1)[:, :, None]
-        values["predicted"] = found.argmax(2).to(found.dtype)
-        values["target_logp"] = found.gather(2, at)[:, :, 0]
+    def __call__(self, runs: Sequence[Rows], resid: Sequence[Resid], clean: Resid) -> ByName:
+        values = super().__call__(runs, resid, clean)
+        logp = torch.stack([self.logp(rows, x) for rows, x in zip(runs, resid, strict=True)])
+        meant = [self._target(s.index) for s in runs[0].samples]
+        at = torch.tensor(meant, device=logp.device).expand(len(logp), -1)[:, :, None]
+        values["predicted"] = logp.argmax(2).to(logp.dtype)
+        values["target_logp"] = logp.gather(2, at)[:, :, 0]
         return values
 
+    def _target(self, index: int) -> int:
+        option = self.targets.get(index, -1)
+        return self.answers[index] if option < 0 else option
 
-def readout_of(targets: Targets, answers: Sequence[int] | None) -> Any:
-    """What steered runs are judged by: the answer's letter or, of texts, the next token."""
+
+def metric_of(targets: Targets, answers: Sequence[int] | None) -> Metric:
+    """The answer's letter or, of texts, the next token."""
     if answers is None:
         return NextTokens()
-    meant = [-1] * len(answers)
-    for one, option in zip(targets.samples, targets.options, strict=True):
-        meant[one.index] = option
-    return Answers(answers, targets=meant)
+    options = zip(targets.samples, targets.options, strict=True)
+    return Answers(answers, {sample.index: option for sample, option in options})
 
 
-def how_of(settings: SteerSettings) -> HowSteered:
-    return HowSteered(
-        settings.batch_size, settings.max_batch_tokens, settings.padding_side, settings.queries
-    )
+def run_steered(
+    model: Model,
+    targets: Targets,
+    steerings: Sequence[Steering],
+    metric: Metric,
+    settings: SteerSettings,
+    *,
+    progress: bool = False,
+) -> Values:
+    """The metric and `weight` (see SpanWeight) of the clean run and of every steering.
+
+    The steerings' spans are those of the targets, their queries those of the settings.
+    """
+    spans = targets.span_of
+    steerings = [replace(s, spans=spans, queries=settings.queries) for s in steerings]
+    heads = tuple({head for steering in steerings for head in steering.heads})
+    metric = SpanWeight(metric, spans, heads)
+    return run(
+        model, targets.samples, steerings, metric, settings=settings,
+        progress="steer" if progress else None,
+    )  # fmt: skip
 
 
 def sets_of(
@@ -86,8 +99,8 @@ def steer(
     answers: Sequence[int] | None = None,
     *,
     progress: bool = False,
-) -> tuple[pd.DataFrame, Steered, list[Steering]]:
-    """(a row per set and boost, `clean` first; what every sample gave; the steerings).
+) -> tuple[pd.DataFrame, Values, list[Steering]]:
+    """(a row per set and boost, `clean` first; values of every run and sample; the runs).
 
     `answers[i]` is the right option of sample i; None reads the next token of every place. Per
     row, over samples: `accuracy`, `loss` (nats, -log p of the right letter, or of the next
@@ -97,21 +110,24 @@ def steer(
 
     What the numbers cannot tell: a boost that moves an answer shows that the answer can be had
     from there, not that the model takes it from there by itself.
+
+    1 every set at every boost, and the clean run with the weight of the first set's heads
+    2 run them  3 means over samples.
     """
-    steerings = [Steering(name, heads, boost) for name, heads in sets for boost in settings.boosts]
-    readout = readout_of(targets, answers)
-    found = run_steered(
-        model, targets.samples, targets.spans, steerings, readout,
-        how=how_of(settings), progress=progress,
-    )  # fmt: skip
-    rows = [_row(found, 0, Steering("clean", sets[0][1], 1.0), targets)]
-    rows += [_row(found, i, steering, targets) for i, steering in enumerate(steerings, 1)]
-    return pd.DataFrame(rows, columns=list(COLUMNS)), found, steerings
+    # 1
+    runs = [Steering("clean", sets[0][1], 1.0)]
+    runs += [Steering(name, heads, boost) for name, heads in sets for boost in settings.boosts]
+    # 2
+    metric = metric_of(targets, answers)
+    values = run_steered(model, targets, runs, metric, settings, progress=progress)
+    values = {name: value[1:] for name, value in values.items()}
+    # 3
+    rows = [_row(values, i, steering, targets) for i, steering in enumerate(runs)]
+    return pd.DataFrame(rows, columns=list(COLUMNS)), values, runs
 
 
-def _row(found: Steered, number: int, steering: Steering, targets: Targets) -> dict[str, Any]:
-    values = {name: value[number] for name, value in found.values.items()}
-    weight = found.clean_mean(steering.heads) if number == 0 else found.weight[number - 1]
+def _row(found: Values, number: int, steering: Steering, targets: Targets) -> dict[str, Any]:
+    values = {name: value[number] for name, value in found.items()}
     # Every predicted token of a text counts alike, every question alike.
     share = None if "predicted" in values else [len(s) - 1 for s in targets.samples]
     row = {
@@ -121,13 +137,12 @@ def _row(found: Steered, number: int, steering: Steering, targets: Targets) -> d
         "n_samples": len(targets.samples),
         "accuracy": values["correct"].mean(),
         "loss": np.average(values["loss"], weights=share),
-        "keyword_weight": weight.mean(),
+        "keyword_weight": values["weight"].mean(),
         "kl": np.average(values["kl"], weights=share),
         **dict.fromkeys(COLUMNS[8:], np.nan),
     }
     if "predicted" in values:
-        clean = found.values["predicted"][0]
-        row["answer_changed_share"] = (values["predicted"] != clean).mean()
+        row["answer_changed_share"] = (values["predicted"] != found["predicted"][0]).mean()
         row["target_logp"] = values["target_logp"].mean()
         if min(targets.options) >= 0:
             hits = values["predicted"] == np.array(targets.options)
@@ -138,14 +153,13 @@ def _row(found: Steered, number: int, steering: Steering, targets: Targets) -> d
 
 
 def per_sample_table(
-    found: Steered, steerings: Sequence[Steering], targets: Targets, ids: Sequence[str]
+    found: Values, runs: Sequence[Steering], targets: Targets, ids: Sequence[str]
 ) -> pd.DataFrame:
     """samples.parquet: a row per run and sample."""
     parts = []
-    clean = Steering("clean", steerings[0].heads, 1.0)
-    for number, steering in enumerate([clean, *steerings]):
-        weight = found.clean_mean(steering.heads) if number == 0 else found.weight[number - 1]
-        columns = {name: value[number] for name, value in found.values.items()}
+    for number, steering in enumerate(runs):
+        columns = {name: value[number] for name, value in found.items()}
+        weight = columns.pop("weight")
         head = {"set": steering.name, "boost": steering.boost, "id": list(ids)}
         span = {"target": list(targets.options), "keyword_weight": weight}
         parts.append(pd.DataFrame({**head, **columns, **span}))

@@ -29,6 +29,11 @@ class Targets:
     options: tuple[int, ...]
     kept: tuple[int, ...]
 
+    @property
+    def span_of(self) -> dict[int, tuple[int, ...]]:
+        """The span by sample index."""
+        return {s.index: span for s, span in zip(self.samples, self.spans, strict=True)}
+
     def part(self, rows: Sequence[int]) -> "Targets":
         """Some of them."""
         return Targets(*(tuple(x[i] for i in rows) for x in self._columns()))
