@@ -11,8 +11,9 @@ from conftest import ROOT
 
 import tl_headnorm.commands.collect.command
 from tl_headnorm.cli import COMMANDS, parse
+from tl_headnorm.commands.parser import check_config
 from tl_headnorm.errors import InputError
-from tl_headnorm.settings import Settings, check_config
+from tl_headnorm.settings import Settings
 
 HEAVY = ("torch", "transformer_lens", "transformers", "datasets", "xarray", "plotly", "matplotlib")
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -47,6 +48,12 @@ def test_import_loads_nothing_heavy():
 
 def test_the_guard_can_fail():
     assert "xarray" in loaded_by("import tl_headnorm; tl_headnorm.heatmap")[0]
+
+
+def test_dir_shows_the_public_names():
+    assert sorted(dir(tl_headnorm)) == sorted([*tl_headnorm.__all__, "__version__"])
+    assert tl_headnorm.__version__ == "0.1.0"
+    assert (ROOT / "tl_headnorm" / "py.typed").is_file()
 
 
 def test_exported_names_are_there():
@@ -130,6 +137,31 @@ def test_switches_stand_alone():
     assert not parse(["collect", "--prepend_bos=false"])[1].prepend_bos
 
 
+@pytest.mark.parametrize("given", ["3,4", "3, 4", "[3,4]", "[3, 4]"])
+def test_lists_by_commas(given):
+    assert parse(["collect", "--n_options", given])[1].n_options == (3, 4)
+    assert parse(["collect", f"--n_options={given}"])[1].n_options == (3, 4)
+
+
+def test_lists_of_names_and_of_one():
+    assert parse(["collect", "--n_options", "4"])[1].n_options == (4,)
+    assert parse(["attribute", "--methods", "ig_joint,loo"])[1].methods == ("ig_joint", "loo")
+    assert parse(["bench", "--contenders", "hf_forward"])[1].contenders == ["hf_forward"]
+    assert parse(["bench", "--contenders", "null"])[1].contenders is None
+    assert parse(["compare", "a", "b", "--names", "base,tuned"])[1].names == ["base", "tuned"]
+    # A text is one text, commas and all.
+    keyword = ["steer", "--heads", "all", "--keyword", "no, never"]
+    assert parse(keyword)[1].keywords == ("no, never",)
+
+
+def test_help_shows_bounds_and_no_type_noise(run_cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run_cli("attribute", "--help").out
+    assert "(type: int, 1 or more, default: 32)" in text
+    assert "Annotated" not in text
+    assert "<function" not in text
+
+
 REFUSED = {
     "no command": ([], f"expected a command: {', '.join(COMMANDS)}; see tl-headnorm --help"),
     "unknown command": (["colect"], "unknown command 'colect'; did you mean 'collect'?"),
@@ -148,7 +180,8 @@ REFUSED = {
     "not a number": (["collect", "--max_samples", "x"], "max_samples: expected a whole number, fo"),
     "half a sample": (["collect", "--max_samples", "1.5"], "expected a whole number, found 1.5"),
     "dtype": (["collect", "--dtype", "float32"], "dtype: expected one of bf16, fp16, fp32, found"),
-    "a number for a list": (["collect", "--n_options", "4"], "n_options: expected a list such as"),
+    "a word in a list": (["collect", "--n_options", "4,x"], "n_options: expected a whole number, "),
+    "a broken list": (["collect", "--n_options", "[4"], "n_options: expected a list such as"),
     "number or word": (
         ["collect", "--max_batch_tokens", "many"],
         "max_batch_tokens: expected one of auto or a whole number, found many",

@@ -12,12 +12,12 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         text = printable(" ".join(str(message).split()))
-        # What was found may be a whole file: its ends, and what to do, are enough.
+        # The value found may be a file's text: its ends, and the advice, are enough.
         super().__init__(text if len(text) <= 1200 else f"{text[:900]} ... {text[-250:]}")
 
 
 def printable(text: str) -> str:
-    """What cannot be seen or would steer the terminal as an escape: names come from files."""
+    """Unprintable characters as escapes: names come from files and could steer the terminal."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
     )
@@ -37,7 +37,7 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, in one line and of a bearable length."""
+    """The first line of another library's exception, at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

@@ -1,16 +1,28 @@
 """The settings of a run: one dataclass gives the flags, the YAML keys, the types and the help."""
 
 import re
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
-from tl_headnorm.errors import InputError, first_line, nearest, unknown
+from tl_headnorm.bounds import Bound, Checked, Count, CountFrom0, DirName, OneLine, Size
+from tl_headnorm.errors import InputError, nearest
+
+# Groups of settings that commands share: each settings class lists in `uses` those it has.
+STUDY = (
+    "model_path", "adapter_path", "engine", "dtype", "device_map", "self_check",
+    "trust_remote_code", "pickled_weights", "dataset", "data_dir", "split", "max_samples",
+    "n_options", "on_bad_record", "template_name", "template", "chat", "few_shot", "prepend_bos",
+    "max_length", "seed", "output_dir", "experiment_name", "debug",
+)  # fmt: skip
+BATCHES = ("padding_side", "batch_size", "max_batch_tokens")
+TOKENS = ("token_agg", "exclude_first_token")
+MEASURES = ("measures", "measures_file")
+SAMPLES = ("shard", "per_sample", "score_answers", "validate_samples")
+CHECKPOINTS = ("checkpoint_every", "resume")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Settings of a run. A YAML file given by --config holds the same keys.
 
     Args:
@@ -20,7 +32,7 @@ class Settings:
         dtype: Data type of the weights and of the forward pass.
         device_map: auto (CUDA if there), cpu, cuda, cuda:1, mps; balanced, sequential: several.
         dataset: Registered dataset name.
-        data_dir: File or directory with the questions; null looks in the cache or on the hub.
+        data_dir: File or directory with the questions; null is the cache or the hub.
         split: Part of the dataset: test, validation (dev) or train.
         max_samples: The first N usable questions in file order; -1 takes all.
         shard: Part K/N of those questions, such as 3/16 for job 3 of 16; see merge.
@@ -31,7 +43,7 @@ class Settings:
         few_shot: Solved examples put before every question, from the train or dev split.
         token_agg: last takes the last real token, all the mean over real tokens.
         exclude_first_token: Leave the first token (attention sink) out of the mean (all only).
-        measures: What is taken of every head: names, or all; the two norms follow token_agg.
+        measures: Measures of every head: names, or all; the two norms follow token_agg.
         measures_file: Python file with a dict MEASURES of your own; its names may be asked for.
         padding_side: Side on which shorter prompts are padded.
         prepend_bos: Begin every prompt with exactly one BOS, if the tokenizer has one.
@@ -44,7 +56,7 @@ class Settings:
         self_check: Let the model prove itself on a probe when it is loaded.
         on_bad_record: error stops at a malformed record, skip counts it.
         checkpoint_every: Seconds between saved states of the run; 0 saves after every batch.
-        resume: Run directory left unfinished; its own settings are taken, and it goes on.
+        resume: Unfinished run directory, continued with its own settings.
         seed: Seed of everything random (few-shot choice).
         output_dir: Where run directories are made.
         experiment_name: First part of the run directory's name.
@@ -61,77 +73,65 @@ class Settings:
     dataset: str = "arc_challenge"
     data_dir: Optional[str] = None
     split: str = "test"
-    max_samples: int = -1
+    max_samples: Annotated[
+        int,
+        Bound(lambda n: n == -1 or n > 0, "-1 (all) or a number above 0",
+              "set --max_samples to the number of questions wanted"),
+    ] = -1  # fmt: skip
     shard: Optional[str] = None
-    n_options: tuple[int, ...] = (4, 5)
+    n_options: Annotated[
+        tuple[int, ...],
+        Bound(lambda ns: ns and all(2 <= n <= 26 for n in ns), "numbers from 2 to 26",
+              "set for example --n_options 3,4,5"),
+    ] = (4, 5)  # fmt: skip
     template_name: str = "arc_mcq_v1"
     template: Optional[str] = None
     chat: bool = False
-    few_shot: int = 0
+    few_shot: CountFrom0 = 0
     token_agg: Literal["last", "all"] = "last"
     exclude_first_token: bool = False
     measures: Union[tuple[str, ...], str] = ("head_output_norm", "head_resid_contrib_norm")
     measures_file: Optional[str] = None
     padding_side: Literal["right", "left"] = "right"
     prepend_bos: bool = True
-    batch_size: int = 8
-    max_batch_tokens: Union[Literal["auto"], int] = "auto"
-    max_length: int = 384
+    batch_size: Count = 8
+    max_batch_tokens: Annotated[
+        Union[Literal["auto"], int],
+        Bound(lambda n: n == "auto" or n > 0, "auto or a number above 0"),
+    ] = "auto"
+    max_length: Count = 384
     per_sample: bool = True
     score_answers: bool = True
-    validate_samples: int = 0
+    validate_samples: CountFrom0 = 0
     self_check: bool = True
     on_bad_record: Literal["error", "skip"] = "error"
-    checkpoint_every: float = 60.0
+    checkpoint_every: Size = 60.0
     resume: Optional[str] = None
-    seed: int = 42
-    output_dir: str = "outputs"
-    experiment_name: str = "arc_head_activation"
+    seed: CountFrom0 = 42
+    output_dir: OneLine = "outputs"
+    experiment_name: DirName = "arc_head_activation"
     trust_remote_code: bool = False
     pickled_weights: bool = False
     debug: bool = False
 
+    uses: ClassVar[tuple[str, ...]] = (
+        *STUDY, *BATCHES, *TOKENS, *MEASURES, *SAMPLES, *CHECKPOINTS,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
-        for name, least in (
-            ("batch_size", 1), ("max_length", 1), ("few_shot", 0), ("validate_samples", 0),
-            ("seed", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"{name}: expected {least} or more, found {getattr(self, name)}; "
-                    f"set --{name} to {least} or more"
-                )
-        if not self.checkpoint_every >= 0:
-            raise InputError(
-                f"checkpoint_every: expected 0 or more seconds, found {self.checkpoint_every}; 0 "
-                "saves after every batch"
-            )
-        if self.max_samples == 0 or self.max_samples < -1:
-            raise InputError(
-                f"max_samples: expected -1 (all) or a number above 0, found {self.max_samples}; "
-                "set --max_samples to the number of questions wanted"
-            )
+        super().__post_init__()
         parse_shard(self.shard)
-        if self.max_batch_tokens != "auto" and int(self.max_batch_tokens) < 1:
-            raise InputError(
-                f"max_batch_tokens: expected auto or a number above 0, found "
-                f"{self.max_batch_tokens}"
-            )
         if self.exclude_first_token and self.token_agg != "all":
             raise InputError(
                 "exclude_first_token: expected token_agg all, found token_agg last, where it "
                 "would change nothing; add --token_agg all or leave it out"
             )
-        if not self.experiment_name or "/" in self.experiment_name:
-            raise InputError(
-                f"experiment_name: expected a name without '/', found {self.experiment_name!r}; "
-                "use --output_dir to choose the folder"
-            )
-        if not self.n_options or not all(2 <= n <= 26 for n in self.n_options):
-            raise InputError(
-                f"n_options: expected numbers from 2 to 26, found {list(self.n_options)}; "
-                "set for example --n_options '[3,4,5]'"
-            )
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """The settings of the command: its own, and the shared ones it uses."""
+        shared = {field.name for field in fields(Settings)} - set(cls.uses)
+        return tuple(field.name for field in fields(cls) if field.name not in shared)
 
     def updated(self, **overrides: Any) -> "Settings":
         """A copy with some settings changed; an unknown name is refused with the nearest one."""
@@ -140,10 +140,6 @@ class Settings:
             if name not in known:
                 raise InputError(f"unknown setting {name!r}{nearest(name, known)}")
         return replace(self, **overrides)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as written to config.json."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def parse_shard(shard: str | None) -> tuple[int, int] | None:
@@ -157,60 +153,6 @@ def parse_shard(shard: str | None) -> tuple[int, int] | None:
             "--shard 3/16"
         )
     return int(match[1]), int(match[2])
-
-
-def check_config(path: str | Path, known: Collection[str]) -> None:
-    """Raise InputError unless a YAML file is a mapping with each key known and given once.
-
-    YAML itself lets a repeated key silently win, so a run would not be the one that was read.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is not None:
-            yaml.safe_load(text)  # says where a tag is that stands for no plain value
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"config: expected a YAML file with settings, found {path} ({first_line(error)}); "
-            "check the path"
-        ) from None
-    except RecursionError:
-        raise InputError(
-            f"{path}: expected YAML, found a fault (nested too deeply); mend it"
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or getattr(error, "reason", first_line(error))
-        raise InputError(f"{where}: expected YAML, found a fault ({problem}); mend it") from None
-    if not isinstance(root, yaml.MappingNode):
-        kinds = {yaml.SequenceNode: "a list", yaml.ScalarNode: "plain text"}
-        found = kinds.get(type(root), "an empty file")
-        raise InputError(f"{path}: expected settings as lines 'key: value', found {found}")
-    first: dict[str, int] = {}
-    for node, _ in root.value:
-        key, line = str(node.value), node.start_mark.line + 1
-        if key in first:
-            raise InputError(
-                f"{path}, line {line}: expected each setting once, found {key!r} again (first on "
-                f"line {first[key]}); keep one"
-            )
-        if key not in known:
-            raise InputError(f"{path}, line {line}: unknown setting {key!r}{nearest(key, known)}")
-        first[key] = line
-
-
-def at_least(settings: Settings, **least: int) -> None:
-    for name, bound in least.items():
-        if getattr(settings, name) < bound:
-            raise InputError(f"{name}: expected {bound} or more, found {getattr(settings, name)}")
-
-
-def among(settings: Settings, name: str, *choices: str) -> None:
-    if getattr(settings, name) not in choices:
-        raise unknown(name, getattr(settings, name), choices)
 
 
 def needs_data(settings: Settings, texts: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Running moments of per-sample values, exact under any split and merge; false discoveries."""
+"""Running moments of per-sample values, exact under any split and merge; an interval."""
 
 from dataclasses import dataclass
 
@@ -26,18 +26,18 @@ class Moments:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> "Moments":
-        """The identity of `merge`: no sample seen."""
+        """The identity of `merge`: no samples."""
         return cls(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
     @classmethod
     def of(cls, values: Float[np.ndarray, "sample ..."]) -> "Moments":
         """Moments of one batch, over its first axis."""
         values = np.asarray(values, np.float64)
-        seen = ~np.isnan(values)
-        n = seen.sum(axis=0, dtype=np.int64)
-        total = np.where(seen, values, 0.0).sum(axis=0)
+        measured = ~np.isnan(values)
+        n = measured.sum(axis=0, dtype=np.int64)
+        total = np.where(measured, values, 0.0).sum(axis=0)
         mean = np.divide(total, n, out=np.zeros_like(total), where=n > 0)
-        deviation = np.where(seen, values - mean, 0.0)
+        deviation = np.where(measured, values - mean, 0.0)
         return cls(n, mean, (deviation**2).sum(axis=0))
 
     def update(self, values: Float[np.ndarray, "sample ..."]) -> None:
@@ -64,15 +64,11 @@ class Moments:
         return np.sqrt(variance)
 
 
-def wilson(hits: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 % by default; (0, 1) where n is 0.
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a proportion; (0, 1) where n is 0."""
+    from scipy.stats import binomtest
 
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-    """
     if n == 0:
         return 0.0, 1.0
-    p = hits / n
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * float(np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)))
-    # At 0 and 1 rounding must not put the share outside of its interval.
-    return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
+    interval = binomtest(hits, n).proportion_ci(0.95, "wilson")
+    return float(interval.low), float(interval.high)

@@ -279,7 +279,7 @@ def test_stability_of_any_run(run_cli, run, finished, tmp_path):
         (["--loss", "lm"], "texts: expected a text file with --loss lm"),
         (["--loss", "text", "--validate"], "validate: expected --loss letter"),
         (["--group_by", "famly"], "group_by: expected the field 'famly'"),
-        (["--greedy", "3"], "greedy: expected 0 or more rounds and --validate"),
+        (["--greedy", "3"], "greedy: expected --validate with it"),
         (["--run", "nowhere"], "run: expected --stability with it"),
         (["--run", "nowhere", "--stability"], "run: expected a finished run directory"),
         (["--gate_start", "1.0"], "gate_start: expected 0 or more and less than 1"),

@@ -35,16 +35,16 @@ from tl_headnorm.commands.inactive.scores import (
     rank_correlations,
     ranked,
 )
-from tl_headnorm.commands.inactive.settings import METHODS, InactiveSettings
+from tl_headnorm.commands.inactive.settings import InactiveSettings
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import forward, hook_names
 from tl_headnorm.errors import InputError
-from tl_headnorm.interventions import gated_pass
 from tl_headnorm.interventions.cached_run import CachedRun
 from tl_headnorm.interventions.gated_pass import Rule
 from tl_headnorm.interventions.intervention import Rows
 from tl_headnorm.interventions.metrics import Letters
+from tl_headnorm.interventions.names import CONSTANT_REPLACEMENTS
 from tl_headnorm.interventions.replacements import gather_reference
 from tl_headnorm.interventions.runner import run
 from tl_headnorm.measures import MEASURES, choose_measures
@@ -312,7 +312,6 @@ def test_what_the_fly_refuses(model):
     bridge = load_model(hf_model=llama(), engine="bridge")
     with pytest.raises(InputError, match="expected --engine hooked, found a bridge"):
         run_rules(bridge, [Rule("r", MEASURES["output_norm_all"], {}, 0.0)])
-    assert gated_pass.METHODS == METHODS
 
 
 def test_a_threshold_no_head_is_under_changes_nothing(model):
@@ -521,7 +520,7 @@ def test_files_of_the_command(ran):
     assert {"score", "mode", "method", "share", "accuracy", "loss"} <= set(table)
     assert table.iloc[0]["score"] == "clean"
     kinds = set(map(tuple, table[["score", "mode", "method"]].iloc[1:].to_numpy().tolist()))
-    for method in METHODS:
+    for method in CONSTANT_REPLACEMENTS:
         for mode in ("static", "per_input", "on_the_fly"):
             assert ("output_norm_all/layer", mode, method) in kinds
         assert ("leave_one_out", "static", method) in kinds
@@ -590,7 +589,7 @@ def test_runs_that_do_not_fit_are_refused(run_cli, small, finished, tmp_path):
         (["--method", "gaussian"], "unknown method 'gaussian'"),
         (["--shares", "[0.5,0.1]"], "expected an ascending list"),
         (["--shares", "[0.5,1.5]"], "expected parts between 0 and 1"),
-        (["--calibration_share", "1"], "expected a part between 0 and 1"),
+        (["--calibration_share", "1"], "expected a share between 0 and 1"),
         (["--engine", "bridge"], "engine: expected hooked"),
         (["--random_orders", "0"], "random_orders: expected 1 or more"),
         (["--above", "cosine_al"], "above: expected measures that are tried"),
@@ -609,7 +608,7 @@ def test_settings_in_words():
 
     name, given = parse(["inactive", "--config", str(ROOT / "configs" / "inactive.yaml")])
     assert (name, given.chosen_modes) == ("inactive", ("static", "per_input", "on_the_fly"))
-    assert given.methods == METHODS
+    assert given.methods == CONSTANT_REPLACEMENTS
     chosen = InactiveSettings(modes="static, static", method="mean,zero")
     assert (chosen.chosen_modes, chosen.methods) == (("static",), ("mean", "zero"))
 

@@ -3,11 +3,18 @@
 Misspelt names and wrong types are in test_cli.py.
 """
 
+import math
+import re
+from dataclasses import fields
+
 import pytest
 from hostile import Cases, raw
 
+from tl_headnorm.bounds import bounds_of, check_values
 from tl_headnorm.cli import parse
+from tl_headnorm.commands.table import COMMANDS
 from tl_headnorm.errors import InputError, printable
+from tl_headnorm.settings import Settings
 
 case = Cases()
 
@@ -161,6 +168,31 @@ for name, (text, message) in YAML.items():
 @case.table
 def test_one_clear_line(name, run_cli, flags, tmp_path, llama_dir):
     case.check(name, run_cli, flags, tmp_path, llama_dir)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_setting_keeps_its_bounds_in_every_command(command):
+    """A command may give a shared setting another default, not another type."""
+    shared = {field.name: list(bounds_of(field.type)) for field in fields(Settings)}
+    assert sum(map(len, shared.values())) > 10
+    for field in fields(COMMANDS[command].settings):
+        if field.name in shared:
+            assert list(bounds_of(field.type)) == shared[field.name], field.name
+
+
+def test_a_bound_is_one_line_with_the_way_out():
+    for changes, line in (
+        (
+            {"batch_size": 0},
+            "batch_size: expected 1 or more, found 0; set --batch_size to 1 or more",
+        ),
+        ({"checkpoint_every": math.nan}, "checkpoint_every: expected 0 or more, found nan; set "),
+        ({"dtype": None}, "dtype: expected a value, found null; give one or leave the key out"),
+        ({"n_options": (1, 4)}, "n_options: expected numbers from 2 to 26, found [1, 4]; set for"),
+    ):
+        with pytest.raises(InputError, match=re.escape(line)):
+            check_values(Settings, changes)
+    check_values(Settings, {"template": None, "shard": None, "max_batch_tokens": "auto"})
 
 
 def test_many_aliases_are_not_unfolded(tmp_path):

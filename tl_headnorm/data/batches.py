@@ -30,7 +30,7 @@ def make_batch(
 ) -> Batch:
     """Pad to the longest prompt, without the first `skip` tokens of each.
 
-    The pad id is never seen: the mask covers it.
+    The mask covers the pad id.
     """
     rows = [sample.ids[skip:] for sample in samples]
     width = max(len(row) for row in rows)

@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from tl_headnorm.data.templates import Sample
-from tl_headnorm.data.tokens import ChatText, Encoded
+from tl_headnorm.data.tokens import ChatText, Encoded, Tokenizer
 from tl_headnorm.errors import InputError, first_line
 
 
-def chat_template_sha256(tokenizer: Any) -> str:
+def chat_template_sha256(tokenizer: Tokenizer) -> str:
     """Which chat template a run used."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
-def as_chat(samples: Sequence[Sample], tokenizer: Any) -> list[Sample]:
+def as_chat(samples: Sequence[Sample], tokenizer: Tokenizer) -> list[Sample]:
     """Every prompt as the user's turn of a conversation, with the header of the answer.
 
     The conversation's own markers become special tokens; BOS is left out here, where encode puts
@@ -43,7 +43,7 @@ def special_token_in(text: str, tokenizer: Any) -> str | None:
     return None if found is None else str(tokenizer.convert_ids_to_tokens(found))
 
 
-def _conversation(sample: Sample, tokenizer: Any) -> ChatText:
+def _conversation(sample: Sample, tokenizer: Tokenizer) -> ChatText:
     spelled = special_token_in(sample.prompt_text, tokenizer)
     if spelled is not None:
         raise InputError(

@@ -19,8 +19,8 @@ class TextFile:
     sha256: str
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """Every line that is not empty, and where it stands."""
-        # Only "\n" ends a line: str.splitlines also cuts at U+2028 and its like, which may stand
+        """Every line that is not empty, with its file and number."""
+        # Only "\n" ends a line: str.splitlines also cuts at U+2028 and its like, which may be
         # inside a prompt and, in JSON, inside a string.
         for number, line in enumerate(self.text.split("\n"), 1):
             if line.strip():
@@ -35,13 +35,13 @@ def read_text(path: str | Path, setting: str, what: str) -> TextFile:
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{setting}: expected {what}, found {path} ({first_line(error)}); check the path"
+            f"{setting}: expected {what}, found {str(path)!r} ({first_line(error)}); check the path"
         ) from None
     return TextFile(text, where, hashlib.sha256(data).hexdigest())
 
 
 def text_or_file(given: str, setting: str) -> str:
-    """What a setting says, or the text of the file that it names."""
+    """A setting's text, or that of the file it names."""
     try:
         named = Path(given).expanduser().is_file()
     except (OSError, ValueError, RuntimeError):  # too long for a name, or `~somebody`: a text

@@ -1,4 +1,4 @@
-"""Which prompts run together: a shared prefix once, similar lengths, a bound on tokens."""
+"""Batches of a run: prompts grouped by shared prefix, sorted by length, bounded in tokens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,12 +57,12 @@ def prefix_groups(samples: Sequence[Encoded]) -> list[Group]:
         for a, b in zip(ordered, ordered[1:])  # noqa: B905, RUF007 (neighbours)
     ]
     groups: list[Group] = []
-    taken: set[int] = set()
+    grouped: set[int] = set()
     for first, last in _best_ranges(gaps):
         members = range(first, last + 2)  # n gaps lie between n + 1 prompts
-        taken.update(members)
+        grouped.update(members)
         groups.append(Group(tuple(ordered[i] for i in members), min(gaps[first : last + 1])))
-    loose = tuple(sample for i, sample in enumerate(ordered) if i not in taken)
+    loose = tuple(sample for i, sample in enumerate(ordered) if i not in grouped)
     return [*groups, Group(loose, 0)] if loose else groups
 
 
@@ -77,16 +77,16 @@ def _best_ranges(gaps: Sequence[int]) -> list[tuple[int, int]]:
             pending.append((left[node], first, node - 1))
         if right[node] >= 0:
             pending.append((right[node], node + 1, last))
-    best = [0] * (len(gaps) + 1)  # the last entry stands for "no child", index -1
-    whole = [False] * len(gaps)
+    best = [0] * (len(gaps) + 1)  # the last entry is "no child", index -1
+    one_group = [False] * len(gaps)
     for node, first, last in reversed(order):
         gain, apart = gaps[node] * (last - first + 1), best[left[node]] + best[right[node]]
-        whole[node] = gain >= LEAST_GAIN and gain >= apart
-        best[node] = gain if whole[node] else apart
+        one_group[node] = gain >= LEAST_GAIN and gain >= apart
+        best[node] = gain if one_group[node] else apart
     found: list[tuple[int, int]] = []
     covered = -1
     for node, first, last in sorted(order, key=lambda entry: (entry[1], -entry[2])):
-        if whole[node] and first > covered:
+        if one_group[node] and first > covered:
             found.append((first, last))
             covered = last
     return found

@@ -1,4 +1,4 @@
-"""From questions to tokenised prompts by the settings of a run, and what to record of it."""
+"""From questions to tokenised prompts by the settings of a run, with their entries in meta.json."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from tl_headnorm.data.questions import Question, Questions, load_questions
 from tl_headnorm.data.templates import Sample, Template, build_samples, get_template
 from tl_headnorm.data.tokens import (
     Encoded,
+    Tokenizer,
     bos_id,
     check_template_fits,
     common_prefix_length,
@@ -31,7 +32,7 @@ class Prepared:
 
 
 def prepare(
-    tokenizer: Any, n_ctx: int, questions: Sequence[Question], settings: Settings
+    tokenizer: Tokenizer, n_ctx: int, questions: Sequence[Question], settings: Settings
 ) -> Prepared:
     """Render and tokenise; raises InputError where the bare template does not fit."""
     template = get_template(settings.template_name, settings.template)
@@ -64,7 +65,7 @@ def prepare(
 
 
 def _bare(question: Question) -> Question:
-    """The question with nothing in it but its letters."""
+    """The question with empty stem and options, only its letters."""
     return Question("", "", ("",) * len(question.options), question.labels, 0)
 
 
@@ -102,7 +103,7 @@ def _holds_one_split(path: Path) -> bool:
 def _record(
     questions: Sequence[Question],
     template: Template,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     encoded: Sequence[Encoded],
     head: list[int],
 ) -> dict[str, Any]:
@@ -138,6 +139,6 @@ def _record(
 
 def shared_prefix(encoded: Sequence[Encoded]) -> int:
     """Tokens in which all prompts that were not truncated agree from the start."""
-    whole = [sample.ids for sample in encoded if not sample.truncated] or [s.ids for s in encoded]
+    full = [sample.ids for sample in encoded if not sample.truncated] or [s.ids for s in encoded]
     # The longest common prefix of all is that of the smallest and the largest.
-    return common_prefix_length(min(whole), max(whole))
+    return common_prefix_length(min(full), max(full))

@@ -29,7 +29,7 @@ class Prompts:
 def read_prompts(path: str | Path) -> Prompts:
     """A .txt with one prompt a line, or a .jsonl: a text, or {prompt, keywords, id}.
 
-    `keywords` is a text or a list of texts; other keys may stand there. Raises InputError naming
+    `keywords` is a text or a list of texts; other keys are ignored. Raises InputError naming
     file and line.
     """
     file = read_text(path, "prompts", "a UTF-8 file of prompts (.txt or .jsonl)")

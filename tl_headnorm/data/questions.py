@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, overload
 
-from tl_headnorm.data.readers import Source, open_split
+from tl_headnorm.data.readers import Record, Source, open_split
 from tl_headnorm.errors import InputError, unknown
 from tl_headnorm.settings import parse_shard
 
@@ -22,7 +23,7 @@ class Question:
     options: tuple[str, ...]
     labels: tuple[str, ...]
     answer: int
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def letters(self) -> str:
@@ -46,7 +47,7 @@ class Questions(Sequence[Question]):
     sha256: str | None = None
     data_dir: str | None = None
     shard: str | None = None
-    places: range | None = None  # in the whole dataset, where this is a part of it
+    places: range | None = None  # indices in the dataset, of a shard
 
     def __repr__(self) -> str:
         """One line: where they came from, how many, and what was skipped."""
@@ -57,12 +58,15 @@ class Questions(Sequence[Question]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Question: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Questions": ...
+    def __getitem__(self, index: SupportsIndex | slice) -> "Question | Questions":
         """A question, or for a slice the questions with the same provenance."""
-        found = self.items[index]
         if not isinstance(index, slice):
-            return found
-        return replace(self, items=found, places=self.places and self.places[index])
+            return self.items[index]
+        return replace(self, items=self.items[index], places=self.places and self.places[index])
 
     def __iter__(self) -> Iterator[Question]:
         return iter(self.items)
@@ -73,7 +77,13 @@ class BadRecord(ValueError):
 
 
 DatasetReader = Callable[[str | None, str], Source]
-DATASETS: dict[str, DatasetReader] = {}
+_ARC = "allenai/ai2_arc"
+DATASETS: dict[str, DatasetReader] = {
+    "arc_challenge": partial(open_split, hub=(_ARC, "ARC-Challenge")),
+    "arc_easy": partial(open_split, hub=(_ARC, "ARC-Easy")),
+    # A file or directory in AI2's or the Hugging Face layout of ARC; never the hub.
+    "multiple_choice": partial(open_split, hub=None),
+}
 
 
 def register_dataset(name: str) -> Callable[[DatasetReader], DatasetReader]:
@@ -89,24 +99,6 @@ def register_dataset(name: str) -> Callable[[DatasetReader], DatasetReader]:
     return add
 
 
-@register_dataset("arc_challenge")
-def _arc_challenge(data_dir: str | None, split: str) -> Source:
-    """AI2 ARC, Challenge set: a file, a directory, the cache, or the hub."""
-    return open_split(data_dir, split, hub=("allenai/ai2_arc", "ARC-Challenge"))
-
-
-@register_dataset("arc_easy")
-def _arc_easy(data_dir: str | None, split: str) -> Source:
-    """AI2 ARC, Easy set."""
-    return open_split(data_dir, split, hub=("allenai/ai2_arc", "ARC-Easy"))
-
-
-@register_dataset("multiple_choice")
-def _multiple_choice(data_dir: str | None, split: str) -> Source:
-    """Any file or directory in AI2's or the Hugging Face layout of ARC; never the hub."""
-    return open_split(data_dir, split, hub=None)
-
-
 @register_dataset("builtin:questions")
 def _builtin_questions(data_dir: str | None, split: str) -> Source:
     """The built-in model's held-out questions (test) and examples for few-shot (train)."""
@@ -120,7 +112,7 @@ def _builtin_questions(data_dir: str | None, split: str) -> Source:
     return open_split(str(questions_dir()), split, hub=None)
 
 
-def _text(record: Mapping[str, Any], key: str, where: str = "record") -> str:
+def _text(record: Mapping[str, object], key: str, where: str = "record") -> str:
     value = record.get(key)
     if not isinstance(value, str):
         raise BadRecord(f"expected text under {key!r} in the {where}, found {_kind(value)}")
@@ -131,7 +123,7 @@ def _kind(value: object) -> str:
     return "nothing" if value is None else type(value).__name__
 
 
-def _choices(question: Any, record: Mapping[str, Any]) -> tuple[str, list[Any], list[Any]]:
+def _choices(question: object, record: Mapping[str, object]) -> tuple[str, list[Any], list[Any]]:
     """(stem, option texts, labels) of either layout."""
     if isinstance(question, Mapping):  # AI2: question.stem, question.choices[]
         choices = question.get("choices")
@@ -150,7 +142,7 @@ def _choices(question: Any, record: Mapping[str, Any]) -> tuple[str, list[Any], 
     return stem, texts, labels
 
 
-def parse_record(record: Any, where: str = "") -> Question:
+def parse_record(record: object, where: str = "") -> Question:
     """A question from AI2's layout (`question.stem`) or Hugging Face's (`choices.text`).
 
     Labels may be letters or digits; `answerKey` must be one of them (or its counterpart:
@@ -182,13 +174,13 @@ def parse_record(record: Any, where: str = "") -> Question:
     return Question(identity, stem, tuple(texts), tuple(names), answer, {**meta, "source": where})
 
 
-def _label(label: Any) -> str:
+def _label(label: object) -> str:
     if isinstance(label, bool) or not isinstance(label, (str, int)) or not str(label).strip():
         raise BadRecord(f"expected a label of text for each option, found {_kind(label)}")
     return str(label).strip()
 
 
-def _identity(given: Any, where: str) -> str:
+def _identity(given: object, where: str) -> str:
     """The id; where the record has none, its file and line."""
     if given is None or given == "":
         return where
@@ -208,8 +200,8 @@ def _check_unicode(text: str) -> None:
         ) from None
 
 
-def _answer_position(key: Any, labels: list[str]) -> int:
-    """Where answerKey stands among the labels; letters and digits count as each other."""
+def _answer_position(key: object, labels: list[str]) -> int:
+    """Position of answerKey among the labels; letters and digits count as each other."""
     if key is None or isinstance(key, (dict, list, bool)):
         raise BadRecord(f"expected a label under 'answerKey', found {_kind(key)}")
     name = str(key).strip()
@@ -239,7 +231,7 @@ def load_questions(
     reason. A malformed record raises InputError naming file, line and fault, or with
     `on_bad_record="skip"` is counted too. `shard="K/N"` takes every N-th of these questions from
     the K-th on, and counts what was skipped before each of them: over all N parts every question
-    and every skipped record is there once. Only the part's own questions are kept in memory.
+    and every skipped record is there once. Memory holds the part's own questions only.
     Raises InputError where no question is left.
     """
     if dataset not in DATASETS:
@@ -247,49 +239,54 @@ def load_questions(
     folder = None if data_dir is None else str(data_dir)
     part, parts = parse_shard(shard) or (1, 1)
     source = DATASETS[dataset](folder, split)
-    skipped: Counter[str] = Counter()
     items: list[Question] = []
+    skipped: Counter[str] = Counter()
     count = 0
-    if max_samples:
-        for found in _usable(source.records, set(n_options), on_bad_record):
-            mine = count % parts == part - 1
-            if isinstance(found, str):
-                skipped[found] += mine
-                continue
-            if mine:
-                items.append(found)
-            count += 1
-            if count == max_samples:
-                break
-    skipped = +skipped
-    if count and not items:
-        raise InputError(
-            f"shard: expected at most as many parts as questions, found {count} in {source.path} "
-            f"for part {shard}; use {count} parts or fewer"
-        )
+    records = _usable(source.records, set(n_options), on_bad_record) if max_samples else ()
+    for found in records:
+        mine = count % parts == part - 1
+        if isinstance(found, str):
+            skipped[found] += mine
+            continue
+        if mine:
+            items.append(found)
+        count += 1
+        if count == max_samples:
+            break
     if not items:
-        reasons = ", ".join(f"{reason} ({n})" for reason, n in skipped.items()) or "it is empty"
-        raise InputError(
-            f"no usable question in {source.path}: expected questions with "
-            f"{' or '.join(map(str, n_options))} options, found none: {reasons}"
-        )
+        raise _no_question(source.path, count, +skipped, n_options, shard)
     return Questions(
-        tuple(items), dict(skipped), dataset, split, source.path, source.sha256(), folder,
+        tuple(items), dict(+skipped), dataset, split, source.path, source.sha256(), folder,
         shard, range(part - 1, count, parts),
     )  # fmt: skip
 
 
+def _no_question(
+    path: str, count: int, skipped: Counter[str], n_options: Sequence[int], shard: str | None
+) -> InputError:
+    if count:
+        return InputError(
+            f"shard: expected at most as many parts as questions, found {count} in {path} for "
+            f"part {shard}; use {count} parts or fewer"
+        )
+    reasons = ", ".join(f"{reason} ({n})" for reason, n in skipped.items()) or "it is empty"
+    return InputError(
+        f"no usable question in {path}: expected questions with "
+        f"{' or '.join(map(str, n_options))} options, found none: {reasons}"
+    )
+
+
 def _usable(
-    records: Iterable[tuple[str, Any]], n_options: set[int], on_bad_record: str
+    records: Iterable[Record], n_options: set[int], on_bad_record: str
 ) -> Iterator[Question | str]:
     """Every usable question, and for every other record the reason why it is none."""
-    seen: set[str] = set()
+    ids: set[str] = set()
     for where, record in records:
         try:
             if isinstance(record, BaseException):
                 raise BadRecord(str(record))
             question = parse_record(record, where)
-            if question.id in seen:
+            if question.id in ids:
                 raise BadRecord(
                     f"expected an id of its own, found {question.id!r} again, which an earlier "
                     "question has"
@@ -301,6 +298,6 @@ def _usable(
             raise InputError(
                 f"{where}: {error}; mend it, or pass --on_bad_record skip to count and skip"
             ) from None
-        seen.add(question.id)
+        ids.add(question.id)
         n = len(question.options)
         yield question if n in n_options else f"{n} options"

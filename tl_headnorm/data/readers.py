@@ -1,11 +1,10 @@
-"""Where the records of a split come from: JSONL, parquet, Arrow, the cache, or the hub."""
+"""Records of a dataset split: JSONL, parquet, Arrow, the cache, or the hub."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tl_headnorm.errors import InputError, first_line
 
@@ -16,14 +15,14 @@ SPLIT_NAMES = {
     "train": ("train", "Train"),
 }
 _ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
-Record = tuple[str, Any]
+Record = tuple[str, object]
 
 
 @dataclass
 class Source:
     """Records as (where, record) and what they were read from.
 
-    A record that could not be read is handed on as the exception, so that the caller decides.
+    A record that could not be read is an exception in its place, so that the caller decides.
     """
 
     records: Iterable[Record]
@@ -109,7 +108,7 @@ def find_split_files(root: Path, split: str, config: str | None) -> tuple[Path, 
 
 def records_of_file(path: Path) -> Iterator[Record]:
     """Records of one file by its ending; `where` names file and line (or row)."""
-    readers = {".parquet": _parquet, ".arrow": _arrow, ".jsonl": _jsonl, ".json": _jsonl}
+    readers = {".parquet": _table, ".arrow": _table, ".jsonl": _jsonl, ".json": _jsonl}
     if path.suffix not in readers:
         raise InputError(f"{path}: expected a .jsonl, .parquet or .arrow file")
     if path.stat().st_size == 0:
@@ -126,7 +125,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
                 yield f"{path}, line {number}", _parse_line(raw)
 
 
-def _parse_line(raw: bytes) -> Any:
+def _parse_line(raw: bytes) -> object:
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
@@ -137,7 +136,7 @@ def _parse_line(raw: bytes) -> Any:
         return ValueError(f"expected one JSON object, found a broken line ({first_line(error)})")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object; of a repeated key Python's reader would silently take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -147,34 +146,25 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _rows(table: Any, path: Path) -> Iterator[Record]:
-    number = 0
-    for batch in table.to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row
-
-
-def _parquet(path: Path) -> Iterator[Record]:
+def _table(path: Path) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    kind = "a parquet file" if path.suffix == ".parquet" else "an Arrow stream"
     try:
-        table = pq.read_table(path)
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+        else:
+            with pa.memory_map(str(path)) as stream:
+                table = pa.ipc.open_stream(stream).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected a parquet file ({first_line(error)})") from None
-    return _rows(table, path)
+        raise InputError(f"{path}: expected {kind} ({first_line(error)})") from None
+    batches = table.to_batches(max_chunksize=1024)
+    return _numbered((row for batch in batches for row in batch.to_pylist()), str(path))
 
 
-def _arrow(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as stream:
-            table = pa.ipc.open_stream(stream).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: expected an Arrow stream ({first_line(error)})") from None
-    return _rows(table, path)
+def _numbered(rows: Iterable[object], name: str) -> Iterator[Record]:
+    return ((f"{name}, row {i}", row) for i, row in enumerate(rows, start=1))
 
 
 def _from_saved(root: Path, split: str) -> Source:
@@ -193,8 +183,8 @@ def _from_saved(root: Path, split: str) -> Source:
         data, folder = data[name], root / name
     elif data.split is not None and str(data.split) not in SPLIT_NAMES[split]:
         raise InputError(f"{root}: expected the split {split}, found {data.split}")
-    records = ((f"{folder}, row {i}", row) for i, row in enumerate(data, start=1))
-    return Source(records, str(folder), tuple(sorted(folder.glob("*.arrow"))))
+    files = tuple(sorted(folder.glob("*.arrow")))
+    return Source(_numbered(data, str(folder)), str(folder), files)
 
 
 def _from_hub(hub: tuple[str, str], split: str) -> Source:
@@ -215,5 +205,4 @@ def _from_hub(hub: tuple[str, str], split: str) -> Source:
             f"found neither ({first_line(error)}); give --data_dir a copy on disk"
         ) from None
     name = f"{repository}/{config}"
-    records = ((f"{name}, row {i}", row) for i, row in enumerate(data, start=1))
-    return Source(records, name, tuple(Path(f["filename"]) for f in data.cache_files))
+    return Source(_numbered(data, name), name, tuple(Path(f["filename"]) for f in data.cache_files))

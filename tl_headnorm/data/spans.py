@@ -1,12 +1,13 @@
-"""Where a piece of text stands among the tokens of a prompt, and how tokens are shown."""
+"""Token spans of a text in a prompt by character offsets, and readable token labels."""
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
-from tl_headnorm.data.tokens import ChatText, bos_id
+from tl_headnorm.data.tokens import ChatText, Tokenizer, bos_id
 from tl_headnorm.errors import InputError
 
 NO_TEXT = (0, 0)
@@ -14,9 +15,9 @@ NO_TEXT = (0, 0)
 
 @dataclass(frozen=True)
 class TokenText:
-    """A text, its token ids, and which characters each token stands for.
+    """A text, its token ids, and each token's character range.
 
-    `offsets[i]` is the half-open range of characters of token i; BOS stands for none. `cut` is
+    `offsets[i]` is the half-open range of characters of token i; BOS has none. `cut` is
     the number of characters whose tokens were left out at the beginning.
     """
 
@@ -45,7 +46,7 @@ class Span:
 
 
 def encode_text(
-    tokenizer: Any, text: str, *, prepend_bos: bool = True, max_length: int | None = None
+    tokenizer: Tokenizer, text: str, *, prepend_bos: bool = True, max_length: int | None = None
 ) -> TokenText:
     """The ids that `encode` makes of a prompt, with every token's characters.
 
@@ -71,13 +72,13 @@ def encode_text(
     room = len(ids) if max_length is None else max_length - len(head)
     if room < 1 and ids:
         raise InputError(f"max_length: expected room for a token, found {max_length}")
-    kept, cut = offsets[-room:] if ids else [], 0
-    if len(kept) < len(offsets):
-        cut = kept[0][0]
+    shown, cut = offsets[-room:] if ids else [], 0
+    if len(shown) < len(offsets):
+        cut = shown[0][0]
     return TokenText(
         str(text),
         tuple(head + ids[-room:] if ids else head),
-        (NO_TEXT,) * len(head) + (*kept,),
+        (NO_TEXT,) * len(head) + (*shown,),
         cut,
     )
 
@@ -87,36 +88,30 @@ def find_spans(tokens: TokenText, keyword: str, *, name: str = "keyword") -> lis
 
     Upper and lower case differ, and a text is found inside words too. A token that holds only a
     part of an occurrence belongs to it. Raises InputError for a text that is empty, absent (with
-    the nearest thing that is there), or stands only where the prompt was cut.
+    the nearest text of the prompt), or found only where the prompt was cut.
     """
     if not keyword.strip():
         raise InputError(f"{name}: expected a text to look for, found {keyword!r}")
-    places = list(_occurrences(tokens.text, keyword))
+    # A lookahead, so that overlapping occurrences are found.
+    places = [m.start() for m in re.finditer(f"(?={re.escape(keyword)})", tokens.text)]
     if not places:
         raise InputError(
             f"{name}: expected a text that stands in the prompt, found {keyword!r}, which does not"
             f"{_nearest(tokens.text, keyword)}"
         )
     spans = [_span(tokens, keyword, at) for at in places if at >= tokens.cut]
-    whole = [span for span in spans if span is not None]
-    if not whole:
+    found = [span for span in spans if span is not None]
+    if not found:
         raise InputError(
             f"{name}: expected a text among the prompt's {len(tokens)} tokens, found {keyword!r} "
             "only where the prompt was cut or where no token stands; raise --max_length"
         )
-    return whole
+    return found
 
 
 def positions(spans: Iterable[Span]) -> tuple[int, ...]:
     """The tokens of all spans, each once, in ascending order."""
     return tuple(sorted({at for span in spans for at in span.positions}))
-
-
-def _occurrences(text: str, keyword: str) -> Iterable[int]:
-    at = text.find(keyword)
-    while at >= 0:
-        yield at
-        at = text.find(keyword, at + 1)
 
 
 def _span(tokens: TokenText, keyword: str, at: int) -> Span | None:
@@ -126,14 +121,15 @@ def _span(tokens: TokenText, keyword: str, at: int) -> Span | None:
 
 
 def _nearest(text: str, keyword: str) -> str:
-    """What stands in the text and is most like the keyword, as a question."""
-    for fold, how in ((_same_form, "in another Unicode form"), (_same_case, "in another case")):
-        folded = fold(text)
-        if fold(keyword) in folded and len(folded) == len(text):
-            at = folded.index(fold(keyword))
-            return f"; did you mean {text[at : at + len(fold(keyword))]!r} ({how})?"
-        if fold(keyword) in folded:
-            return f"; it is there {how}"
+    """The part of the text that is most like the keyword, as a question."""
+    forms = [(unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", keyword))]
+    forms.append((forms[0][0].casefold(), forms[0][1].casefold()))
+    for (folded, wanted), how in zip(forms, ("Unicode form", "case"), strict=True):
+        at = folded.find(wanted)
+        if at >= 0 and len(folded) == len(text):
+            return f"; did you mean {text[at : at + len(wanted)]!r} (in another {how})?"
+        if at >= 0:
+            return f"; it is there in another {how}"
     words = text.split()
     n = len(keyword.split())
     choices = {" ".join(words[i : i + n]).strip(".,;:!?()\"'") for i in range(len(words))}
@@ -143,26 +139,25 @@ def _nearest(text: str, keyword: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _same_form(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
-
-
-def _same_case(text: str) -> str:
-    return unicodedata.normalize("NFC", text).casefold()
-
-
-def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token says, as it reads in running text: spaces kept, special tokens named.
+def token_labels(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Each token's text as in running text: with its spaces, special tokens by name.
 
     Characters made of several tokens (emoji, Chinese in byte-level vocabularies) are shown with
     each token's share: "🙂 1/4". Bytes that make no character are shown as "�".
     """
-    pieces = _Pieces(tokenizer)
+    # After another token: at the very start decoders drop a space.
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+
+    @cache
+    def pieces(some: tuple[int, ...]) -> str:
+        return tokenizer.decode([*before, *some], clean_up_tokenization_spaces=False)
+
+    skip = len(pieces(()))
     labels: list[str] = []
     while len(labels) < len(ids):
         start = len(labels)
         for stop in range(start + 1, min(start + 9, len(ids) + 1)):
-            text = pieces(tuple(ids[start:stop]))
+            text = pieces(tuple(ids[start:stop]))[skip:]
             if "�" not in text:
                 n = stop - start
                 labels += [text] if n == 1 else [f"{text} {i}/{n}" for i in range(1, n + 1)]
@@ -170,21 +165,3 @@ def token_labels(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         else:
             labels.append("�")
     return labels
-
-
-class _Pieces:
-    """The text of a few tokens after another one: at the very start decoders drop a space."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.before = tokenizer("a", add_special_tokens=False)["input_ids"]
-        self.skip = len(self._decode(()))
-        self.known: dict[tuple[int, ...], str] = {}
-
-    def _decode(self, ids: tuple[int, ...]) -> str:
-        return self.tokenizer.decode([*self.before, *ids], clean_up_tokenization_spaces=False)
-
-    def __call__(self, ids: tuple[int, ...]) -> str:
-        if ids not in self.known:
-            self.known[ids] = self._decode(ids)[self.skip :]
-        return self.known[ids]

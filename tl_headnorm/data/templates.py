@@ -2,11 +2,12 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from tl_headnorm.data.lines import read_text
 from tl_headnorm.data.questions import LETTERS, Question
 from tl_headnorm.errors import InputError, first_line, unknown
 
@@ -22,7 +23,7 @@ class Sample:
     answer_letter: str
     option_labels: tuple[str, ...]
     target_text: str
-    meta: Mapping[str, Any]
+    meta: Mapping[str, object]
 
 
 def letter_target(question: Question) -> str:
@@ -111,7 +112,11 @@ def jinja_template(source: str) -> Template:
     from jinja2 import StrictUndefined, TemplateError
     from jinja2.sandbox import SandboxedEnvironment
 
-    text = source if "{" in source else _read_template(source)
+    if "{" in source:
+        text = source
+    else:
+        what = "Jinja2 text with {{ question }} or a readable file"
+        text = re.sub("\r\n?", "\n", read_text(source, "template", what).text)
     environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     try:
         compiled = environment.from_string(text)
@@ -142,17 +147,6 @@ def jinja_template(source: str) -> Template:
     return Template("jinja" if text is source else Path(source).name, render)
 
 
-def _read_template(source: str) -> str:
-    path = Path(source).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"template: expected Jinja2 text with {{{{ question }}}} or a readable file, "
-            f"found {source!r} ({first_line(error)})"
-        ) from None
-
-
 def get_template(name: str, template: str | None = None) -> Template:
     """The registered template `name`, or the Jinja2 `template` where one is given."""
     if template is not None:
@@ -172,7 +166,7 @@ def build_samples(
 ) -> list[Sample]:
     """A sample per question, each after `few_shot` solved examples.
 
-    The same `few_shot` examples stand before every question, drawn by `seed`; where one of them
+    The same `few_shot` examples precede every question, drawn by `seed`; where one of them
     is the question itself (same id or same text), the next one drawn takes its place.
     """
     if few_shot and len(examples) < few_shot + 1:
@@ -185,18 +179,13 @@ def build_samples(
 
 
 def _without(drawn: Sequence[Question], question: Question, k: int) -> list[Question]:
-    kept: list[Question] = []
-    for example in drawn:
-        if len(kept) == k:
-            break
-        if example.id != question.id and example.stem != question.stem:
-            kept.append(example)
-    if len(kept) < k:
+    others = [e for e in drawn if e.id != question.id and e.stem != question.stem][:k]
+    if len(others) < k:
         raise InputError(
             f"few_shot: expected {k} examples other than question {question.id} itself, found "
-            f"{len(kept)}; lower --few_shot"
+            f"{len(others)}; lower --few_shot"
         )
-    return kept
+    return others
 
 
 def _sample(question: Question, template: Template, examples: Sequence[Question]) -> Sample:

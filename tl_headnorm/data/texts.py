@@ -2,16 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tl_headnorm.data.lines import json_of, read_text
-from tl_headnorm.data.tokens import Encoded, bos_id, token_ids
+from tl_headnorm.data.tokens import Encoded, Tokenizer, bos_id, token_ids
 from tl_headnorm.errors import InputError
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts of a file and where they came from; `whole` where one text is to be cut in windows."""
+    """Texts of a file and their origin; `whole`: one running text, to be cut into windows."""
 
     items: tuple[str, ...]
     whole: bool
@@ -40,7 +39,7 @@ def _of_json(line: str, at: str) -> str:
 
 
 def windows(
-    texts: Texts, tokenizer: Any, *, length: int, most: int, prepend_bos: bool = True
+    texts: Texts, tokenizer: Tokenizer, *, length: int, most: int, prepend_bos: bool = True
 ) -> list[Encoded]:
     """At most `most` windows of `length` tokens, BOS counted; a JSONL gives one per line.
 
@@ -51,8 +50,8 @@ def windows(
     room = length - len(head)
     if room < 2:
         raise InputError(f"text_length: expected 3 or more, found {length}")
-    kept = texts.items if texts.whole else [t for t in texts.items if t.strip()][:most]
-    tokens = token_ids(tokenizer, kept)
+    items = texts.items if texts.whole else [t for t in texts.items if t.strip()][:most]
+    tokens = token_ids(tokenizer, items)
     if texts.whole:
         starts = range(0, len(tokens[0]), room)[:most]
         rows = [tokens[0][start : start + room] for start in starts]

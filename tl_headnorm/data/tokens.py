@@ -1,8 +1,8 @@
 """From text to token ids: exactly one BOS, cut at the right end, the answer's own tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tl_headnorm.data.templates import Sample
 from tl_headnorm.errors import InputError
@@ -27,6 +27,21 @@ class Encoded:
         return len(self.ids)
 
 
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is used of Hugging Face's `PreTrainedTokenizerBase`."""
+
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token_id: int | None
+    chat_template: str | None
+
+    def __call__(self, text: str | list[str], **options: object) -> Mapping[str, Any]: ...
+    def decode(self, token_ids: Sequence[int], **options: object) -> str: ...
+    def convert_ids_to_tokens(self, ids: int) -> str: ...
+    def apply_chat_template(self, conversation: Sequence[object], **options: object) -> str: ...
+
+
 class ChatText(str):
     """Text in which a special token's spelling is that token, also after something is added."""
 
@@ -34,14 +49,13 @@ class ChatText(str):
         return ChatText(str(self) + more)
 
 
-def bos_id(tokenizer: Any, prepend_bos: bool) -> list[int]:
+def bos_id(tokenizer: Tokenizer, prepend_bos: bool) -> list[int]:
     """[BOS] or [] where none is wanted or the tokenizer has none."""
-    if not prepend_bos or tokenizer.bos_token_id is None:
-        return []
-    return [int(tokenizer.bos_token_id)]
+    bos = tokenizer.bos_token_id
+    return [bos] if prepend_bos and bos is not None else []
 
 
-def token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Ids of plain text: nothing added, and text that spells a special token stays text."""
     if not texts:
         return []
@@ -62,7 +76,7 @@ def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 def encode(
     samples: Sequence[Sample],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     prepend_bos: bool = True,
     max_length: int = 384,
@@ -86,19 +100,19 @@ def encode(
                 f"sample {sample.meta.get('id', index)}: expected a prompt with tokens, found "
                 "none; check the template and max_length"
             )
-        kept = tuple(shared.setdefault(token, token) for token in head + ids[-room:])
+        cut = tuple(shared.setdefault(token, token) for token in head + ids[-room:])
         found = letters(sample, ids) if score else ()
-        encoded.append(Encoded(index, kept, len(ids) > room, found))
+        encoded.append(Encoded(index, cut, len(ids) > room, found))
     return encoded
 
 
 class _LetterTokens:
     """The tokens of prompt + letter that differ from the prompt's, remembered by last line.
 
-    Only the last line is at stake: what a letter after "Answer: " merges with stands there.
+    A letter after "Answer: " merges with tokens of the last line only.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.known: dict[tuple[str, str], int] = {}
 
@@ -137,7 +151,7 @@ def check_template_fits(
 
 
 def build_sft_example(
-    sample: Sample, tokenizer: Any, *, prepend_bos: bool = True, append_eos: bool = False
+    sample: Sample, tokenizer: Tokenizer, *, prepend_bos: bool = True, append_eos: bool = False
 ) -> dict[str, list[int]]:
     """`input_ids` and `labels` of prompt + target, the prompt's labels -100.
 
@@ -149,12 +163,13 @@ def build_sft_example(
         tokenizer, [sample.prompt_text, sample.prompt_text + sample.target_text]
     )
     start = common_prefix_length(prompt, full)
-    if append_eos and tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if append_eos and eos is None:
         raise InputError(
             "append_eos: expected a tokenizer with an EOS token, found none; "
             "set tokenizer.eos_token or append_eos=False"
         )
     head = bos_id(tokenizer, prepend_bos)
-    tail = [int(tokenizer.eos_token_id)] if append_eos else []
+    tail = [eos] if append_eos and eos is not None else []
     ids = head + full + tail
     return {"input_ids": ids, "labels": [IGNORED] * (len(head) + start) + full[start:] + tail}

@@ -15,8 +15,6 @@ from tl_headnorm.interventions.intervention import Intervention, Rows
 from tl_headnorm.measures import Measure
 from tl_headnorm.measures.measurer import Factors, How, Measurer
 
-METHODS = ("zero", "mean")
-
 
 @dataclass(frozen=True)
 class Rule(Intervention):

@@ -7,9 +7,8 @@ import pandas as pd
 
 from tl_headnorm.errors import InputError, first_line, unknown
 from tl_headnorm.interventions.heads import Heads, is_ranked, parse_heads, ranked_heads
+from tl_headnorm.interventions.names import useful_sign
 
-# The sign under which more is more useful; the other methods' scores are negative where useful.
-_SIGNS = {"michel": 1, "atp_zero": 1, "atp_mean": 1, "atp_corrupted": 1}
 _BY_DEFAULT = "head_resid_contrib_norm_mean"
 _FILES = ("focus.parquet", "attribution.parquet", "heads.parquet")
 
@@ -87,7 +86,7 @@ def _by_attribution(table: pd.DataFrame, statistic: str) -> tuple[str, pd.Series
     if by not in methods:
         raise unknown("statistic", by, [str(m) for m in methods])
     rows = table[table["method"] == by]
-    return by, _SIGNS.get(by, -1) * rows.groupby(["layer", "head"])["mean"].mean()
+    return by, useful_sign(by) * rows.groupby(["layer", "head"])["mean"].mean()
 
 
 def random_heads(

@@ -12,8 +12,6 @@ from tl_headnorm.data.batches import batches_in_order
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.model.loading import Model
 
-METHODS = ("zero", "mean", "mean_position", "resample", "gaussian")
-
 
 @dataclass(frozen=True)
 class Reference:

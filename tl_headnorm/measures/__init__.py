@@ -1,4 +1,4 @@
-"""What each head is measured by."""
+"""Measures: one number per head and sample, from one layer's activations."""
 
 from tl_headnorm.engine.positions import last_real_position, take_position
 from tl_headnorm.measures.activations import (

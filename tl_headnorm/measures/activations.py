@@ -1,4 +1,4 @@
-"""What a measure sees of a layer, and what several of them need."""
+"""One layer's activations, and the norms and reductions that measures share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -78,7 +78,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one layer showed in one pass: its queries are the tokens of the pass.
+    """One layer's activations in one forward pass: its queries are the tokens of the pass.
 
     Its keys are the same tokens, those of a prefix run before in front of them. Where only the
     last token is wanted, there is one query. `place` is a query's place in its prompt, from 0.
@@ -116,8 +116,8 @@ class Seen:
 
     @property
     def answer(self) -> Float[Tensor, "batch d_model"]:
-        """What, times the residual over the final norm's scale, is the answer's letter against
-        the mean of the other letters (all but biases)."""
+        """Direction d of the answer's logit: resid / final_scale · d is the logit of the answer's
+        letter minus the mean of the other letters' (biases left out)."""
         return self._read("answer")
 
     @cached_property

@@ -69,7 +69,7 @@ Factors = Mapping[int, Tensor]
 
 @dataclass(frozen=True)
 class Found:
-    """What one batch gave: values by measure, each prompt's option, layers that did not fire."""
+    """One batch's results: values by measure, each prompt's option, layers that did not fire."""
 
     values: dict[str, Float[np.ndarray, "batch layer head"]]
     predicted: Int[np.ndarray, " batch"]

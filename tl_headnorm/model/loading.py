@@ -26,7 +26,7 @@ SPREADS = ("balanced", "balanced_low_0", "sequential")
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What meta.json says of the model."""
+    """The model's entry in meta.json."""
 
     source: str
     revision: str | None
@@ -51,7 +51,7 @@ class Model:
     """A loaded model: `tl` runs it with hooks, `hf` holds the same weights as Hugging Face's.
 
     `tl` is a HookedTransformer or a TransformerBridge (`info.engine`). The two share their
-    tensors, so keeping both costs nothing, and `hf` is the oracle.
+    tensors, so both cost no more than one, and `hf` is the oracle.
     """
 
     tl: Any

@@ -59,7 +59,7 @@ def random_llama(
 
 @dataclass(frozen=True)
 class FamilyModel:
-    """What makes a small model of one family; `hooked`: HookedTransformer can compute it."""
+    """A family's classes and config fields; `hooked`: HookedTransformer can compute it."""
 
     architecture: str
     config: str

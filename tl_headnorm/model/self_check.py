@@ -1,4 +1,4 @@
-"""What a model must show before it is measured."""
+"""Self-check of a loaded model against Hugging Face on a probe."""
 
 import math
 from collections.abc import Mapping

@@ -1,10 +1,9 @@
 """The oracle: the same numbers through Hugging Face's own forward and hooks.
 
-Nothing of `hooks` or `measures` is used here: z is what o_proj receives, the contributions are
+Nothing of `engine` or `measures` is used here: z is the input of o_proj, the contributions are
 formed as d_model vectors, and the last position is found another way.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from tl_headnorm.data.batches import Batch, batches_in_order
 from tl_headnorm.data.tokens import Encoded
@@ -32,7 +32,7 @@ TOLERANCE = {
 NAMES = ("head_output_norm", "head_resid_contrib_norm")
 
 
-# Where a family keeps its layers, and in each the module whose input is z.
+# A family's list of layers, and in each the module whose input is z.
 PLACES = {
     "GPT2LMHeadModel": ("transformer.h", "attn.c_proj"),
     "GPTNeoXForCausalLM": ("gpt_neox.layers", "attention.dense"),
@@ -40,10 +40,10 @@ PLACES = {
 USUAL_PLACE = ("model.layers", "self_attn.o_proj")
 
 
-def output_projections(hf_model: Any) -> list[tuple[nn.Module, Tensor]]:
+def output_projections(hf_model: PreTrainedModel) -> list[tuple[nn.Module, Tensor]]:
     """Per layer the module whose input is z, and its weight as [d_model, n_heads * d_head].
 
-    Raises InputError for a model that keeps it where none of the known families does.
+    Raises InputError for a model of another layout.
     """
     layers, output = PLACES.get(type(hf_model).__name__, USUAL_PLACE)
     try:
@@ -58,11 +58,11 @@ def output_projections(hf_model: Any) -> list[tuple[nn.Module, Tensor]]:
 
 
 @contextmanager
-def reading_z(hf_model: Any, take: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While inside, `take(layer, z)` sees what every output projection receives."""
+def reading_z(hf_model: PreTrainedModel, on_layer: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call `on_layer(layer, z)` with the input of every output projection while inside."""
 
     def hook(layer: int) -> Callable[..., None]:
-        return lambda module, args: take(layer, args[0])
+        return lambda module, args: on_layer(layer, args[0])
 
     handles = [
         module.register_forward_pre_hook(hook(layer))
@@ -91,7 +91,11 @@ def norms_of_layer(
 
 @torch.inference_mode()
 def batch_norms(
-    hf_model: Any, batch: Batch, *, token_agg: str = "last", exclude_first_token: bool = False
+    hf_model: PreTrainedModel,
+    batch: Batch,
+    *,
+    token_agg: str = "last",
+    exclude_first_token: bool = False,
 ) -> dict[str, Float[np.ndarray, "batch layer head"]]:
     """Both norms of every head for one batch, by Hugging Face alone."""
     n_heads = hf_model.config.get_text_config().num_attention_heads
@@ -100,7 +104,7 @@ def batch_norms(
     weights = [weight for _, weight in output_projections(hf_model)]
     found: dict[str, list[Tensor]] = {name: [] for name in NAMES}
 
-    def take(layer: int, z: Tensor) -> None:
+    def on_layer(layer: int, z: Tensor) -> None:
         if token_agg == "last":
             rows = [z[i, real[i].nonzero().max()] for i in range(len(z))]
             pair = norms_of_layer(torch.stack(rows)[:, None], weights[layer], n_heads)
@@ -116,7 +120,7 @@ def batch_norms(
             found[name].append(value.to(ids.device))
 
     positions = (mask.cumsum(1) - 1).clamp_min(0)
-    with reading_z(hf_model, take):
+    with reading_z(hf_model, on_layer):
         hf_model.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
         )
@@ -124,7 +128,7 @@ def batch_norms(
 
 
 def measure_samples(
-    hf_model: Any,
+    hf_model: PreTrainedModel,
     samples: Sequence[Encoded],
     *,
     batch_size: int = 8,
@@ -249,18 +253,3 @@ def describe(report: dict[str, Any]) -> str:
             )
     lines.append("passed" if report["passed"] else "FAILED: beyond the tolerance")
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """With --table, print the table of families and engines."""
-    if list(arguments) != ["--table"]:
-        print("expected: python -m tl_headnorm.oracle.hugging_face --table", file=sys.stderr)
-        return 2
-    from tl_headnorm.oracle.agreement import measure, table
-
-    print(table(measure()))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,13 +1,14 @@
-"""The settings of `ablate` and `massive`."""
+"""Settings of `ablate`."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Annotated, ClassVar, Literal, Optional
 
-from tl_headnorm.errors import InputError, unknown
-from tl_headnorm.settings import Settings, among, at_least, needs_data
+from tl_headnorm.bounds import Count, CountFrom0, DirName, OneOf, TextLength, by_commas
+from tl_headnorm.errors import InputError
+from tl_headnorm.interventions.names import REPLACEMENTS
+from tl_headnorm.settings import BATCHES, STUDY, TOKENS, Settings, needs_data
 
-# Named here too, because a settings' class must not load torch; a test keeps the two equal.
-ABLATION_METHODS = ("zero", "mean", "mean_position", "resample", "gaussian")
+NORMS = ("head_output_norm", "head_resid_contrib_norm")
 
 
 @dataclass(frozen=True)
@@ -39,34 +40,30 @@ class AblateSettings(Settings):
     heads: Optional[str] = None
     mlps: str = "none"
     layers: str = "all"
-    method: str = "zero"
+    method: Annotated[str, OneOf("method", (*REPLACEMENTS, "all"))] = "zero"
     experiment: Optional[Literal["components"]] = None
     run: Optional[str] = None
     statistic: str = "head_resid_contrib_norm_mean"
     input_threshold: Optional[float] = None
-    threshold_measure: str = "head_output_norm"
+    threshold_measure: Annotated[str, OneOf("threshold_measure", NORMS)] = "head_output_norm"
     threshold_relative: bool = True
     texts: Optional[str] = None
-    text_length: int = 256
-    max_texts: int = 32
-    reference_samples: int = 64
+    text_length: TextLength = 256
+    max_texts: Count = 32
+    reference_samples: CountFrom0 = 64
     profile: bool = False
-    time_sharing: int = 0
-    experiment_name: str = "ablation"
+    time_sharing: CountFrom0 = 0
+    experiment_name: DirName = "ablation"
+    uses: ClassVar = (*STUDY, *BATCHES, *TOKENS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, text_length=3, max_texts=1, reference_samples=0, time_sharing=0)
         needs_data(self, self.texts)
-        among(self, "threshold_measure", "head_output_norm", "head_resid_contrib_norm")
         if self.time_sharing and self.dataset == "none":
             raise InputError(
                 "time_sharing: expected questions to time the sweep on, found dataset none; give "
                 "--dataset and --data_dir, or leave it out"
             )
-        for name in self.methods:
-            if name not in ABLATION_METHODS:
-                raise unknown("method", name, [*ABLATION_METHODS, "all"])
 
     @property
     def chosen_heads(self) -> str:
@@ -78,6 +75,4 @@ class AblateSettings(Settings):
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods asked for, each once."""
-        if self.method == "all":
-            return ABLATION_METHODS
-        return tuple(dict.fromkeys(part.strip() for part in self.method.split(",")))
+        return REPLACEMENTS if self.method == "all" else by_commas(self.method)

@@ -1,10 +1,11 @@
-"""Settings of `attention`: the prompts, the heads kept, keywords, writing on, distraction."""
+"""Settings of `attention`: prompts, heads, keywords, generation, distraction."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional, Union
+from typing import ClassVar, Literal, Optional, Union
 
+from tl_headnorm.bounds import Count, CountFrom0, DirName, Size
 from tl_headnorm.errors import InputError
-from tl_headnorm.settings import Settings
+from tl_headnorm.settings import STUDY, Settings
 
 Several = Optional[Union[list[str], str]]
 SOURCES = ("prompt", "question", "prompts")
@@ -44,24 +45,29 @@ class AttentionSettings(Settings):
     prompt: Optional[str] = None
     question: Optional[str] = None
     prompts: Optional[str] = None
-    max_length: int = 1024
+    max_length: Count = 1024
     layers: str = "all"
     heads: Optional[str] = None
-    keep_mb: float = 32.0
-    pages: int = 8
-    local_window: int = 8
-    repeat_length: int = 50
+    keep_mb: Size = 32.0
+    pages: CountFrom0 = 8
+    local_window: Count = 8
+    repeat_length: CountFrom0 = 50
     keyword: Several = None
     match: Literal["exact", "semantic"] = "exact"
     query: Optional[str] = None
-    generate: int = 0
+    generate: CountFrom0 = 0
     generate_heads: Optional[str] = None
-    temperature: float = 0.0
-    top_k: Optional[int] = None
+    temperature: Size = 0.0
+    top_k: Optional[Count] = None
     distract: Optional[str] = None
     distract_at: Literal["before", "inside", "after", "all"] = "all"
     instruction: Optional[str] = None
-    experiment_name: str = "attention"
+    experiment_name: DirName = "attention"
+    uses: ClassVar = STUDY
+    needs: ClassVar = {
+        "generate_heads": "generate", "temperature": "generate", "top_k": "temperature",
+        "instruction": "distract",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,31 +77,6 @@ class AttentionSettings(Settings):
                 f"prompt: expected one of --prompt, --question and --prompts, found "
                 f"{' and '.join(given) or 'none'}"
             )
-        for name, least in (
-            ("local_window", 1), ("repeat_length", 0), ("generate", 0), ("pages", 0),
-            ("temperature", 0), ("keep_mb", 0),
-        ):  # fmt: skip
-            if not getattr(self, name) >= least:
-                raise InputError(
-                    f"{name}: expected {least} or more, found {getattr(self, name)}; "
-                    f"set --{name} to {least} or more"
-                )
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k: expected 1 or more, found {self.top_k}")
-        self._check_needs()
-
-    def _check_needs(self) -> None:
-        """What would silently do nothing."""
-        needs = (
-            ("generate_heads", "generate", bool(self.generate)),
-            ("top_k", "temperature", self.temperature > 0),
-            ("instruction", "distract", self.distract is not None),
-        )
-        for name, other, there in needs:
-            if getattr(self, name) is not None and not there:
-                raise InputError(f"{name}: expected --{other} with it, found none; add --{other}")
-        if self.temperature and not self.generate:
-            raise InputError("temperature: expected --generate with it, found none; add --generate")
         if self.match == "semantic" and not self.keywords and self.prompts is None:
             raise InputError("match: expected --keyword with it, found none; add --keyword")
 

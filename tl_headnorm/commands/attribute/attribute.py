@@ -23,7 +23,6 @@ from tl_headnorm.commands.attribute.losses import (
 from tl_headnorm.commands.attribute.methods import (
     COMPLETE,
     GRADIENT_METHODS,
-    USEFUL_SIGN,
     Context,
     Scores,
 )
@@ -32,6 +31,7 @@ from tl_headnorm.commands.attribute.settings import AttributeSettings, expand_me
 from tl_headnorm.data.questions import Question
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.gates import Base
+from tl_headnorm.interventions.names import useful_sign
 from tl_headnorm.model.loading import Model
 from tl_headnorm.run import results
 
@@ -239,7 +239,7 @@ def _dataset(kept: dict[str, _Kept], job: Job, groups: list[str] | None) -> xr.D
             "completeness_error": column("error"),
             "completeness_relative": column("relative"),
             "steps": column("steps"),
-            "useful_sign": ("method", np.array([USEFUL_SIGN.get(m, -1) for m in methods], int)),
+            "useful_sign": ("method", np.array([useful_sign(m) for m in methods], int)),
         },
         coords={
             "method": np.array(methods, dtype=object),

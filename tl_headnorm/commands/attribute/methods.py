@@ -261,5 +261,3 @@ GRADIENT_METHODS: dict[str, Callable[[Context], Scores]] = {
 }
 # Their sums promise f(1) - f(a0) (ig_layer: layer by layer); an error is a fault to warn of.
 COMPLETE = ("ig_joint", "ig_path", "ig_layer", "shapley")
-# +1 where a large score says the head is useful (the others are changes of the loss, negative).
-USEFUL_SIGN = {"michel": 1, "atp_zero": 1, "atp_mean": 1, "atp_corrupted": 1}

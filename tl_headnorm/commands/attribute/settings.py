@@ -1,10 +1,20 @@
 """Settings of `attribute`: which methods, how exactly, and what is made of their scores."""
 
 from dataclasses import dataclass
-from typing import Literal, Optional
+from typing import Annotated, ClassVar, Literal, Optional
 
-from tl_headnorm.errors import InputError, unknown
-from tl_headnorm.settings import Settings
+from tl_headnorm.bounds import (
+    Bound,
+    Count,
+    CountFrom0,
+    DirName,
+    Fraction,
+    OneOf,
+    at_least,
+    by_commas,
+)
+from tl_headnorm.errors import InputError
+from tl_headnorm.settings import BATCHES, STUDY, Settings
 
 METHODS = (
     "grad_x_act",
@@ -24,12 +34,7 @@ SHORTHAND = {"atp": ("atp_zero", "atp_mean", "atp_corrupted"), "all": METHODS}
 
 def expand_methods(names: tuple[str, ...]) -> tuple[str, ...]:
     """The methods named, each once; `atp` and `all` stand for several."""
-    found: dict[str, None] = {}
-    for name in names:
-        if name not in METHODS and name not in SHORTHAND:
-            raise unknown("method", name, [*METHODS, *SHORTHAND])
-        found.update(dict.fromkeys(SHORTHAND.get(name, (name,))))
-    return tuple(found)
+    return tuple(dict.fromkeys(m for n in by_commas(names) for m in SHORTHAND.get(n, (n,))))
 
 
 @dataclass(frozen=True)
@@ -65,59 +70,44 @@ class AttributeSettings(Settings):
         experiment_name: First part of the run directory's name.
     """
 
-    methods: tuple[str, ...] = ("grad_x_act", "michel", "ig_joint", "atp_zero")
+    methods: Annotated[tuple[str, ...], OneOf("method", (*METHODS, *SHORTHAND))] = (
+        "grad_x_act", "michel", "ig_joint", "atp_zero",
+    )  # fmt: skip
     loss: Literal["letter", "text", "lm"] = "letter"
     template_name: str = "auto"
     texts: Optional[str] = None
     datasets: Optional[list[str]] = None
     group_by: Optional[str] = None
     baseline: Literal["zero", "mean"] = "zero"
-    gate_start: float = 0.0
-    steps: int = 8
-    max_steps: int = 256
-    tolerance: float = 0.01
-    shapley_pairs: int = 4
+    gate_start: Annotated[float, Bound(lambda gate: 0 <= gate < 1, "0 or more and less than 1")] = (
+        0.0
+    )
+    steps: Count = 8
+    max_steps: Count = 256
+    tolerance: Annotated[float, Bound(lambda share: share > 0, "a share above 0")] = 0.01
+    shapley_pairs: Count = 4
     shapley_players: Literal["heads", "layers"] = "heads"
     michel_normalise: bool = False
     stability: bool = False
     validate: bool = False
     run: Optional[str] = None
     norms: Optional[str] = None
-    pruning_points: int = 33
-    random_orders: int = 5
-    greedy: Optional[int] = None
-    permutations: int = 2000
-    fdr: float = 0.05
-    batch_size: int = 32
-    experiment_name: str = "attribution"
+    pruning_points: Annotated[int, at_least(2)] = 33
+    random_orders: Count = 5
+    greedy: Optional[CountFrom0] = None
+    permutations: Count = 2000
+    fdr: Fraction = 0.05
+    batch_size: Count = 32
+    experiment_name: DirName = "attribution"
+    uses: ClassVar = (*STUDY, *BATCHES)
+    needs: ClassVar = {"greedy": "validate", "run": "stability"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expand_methods(self.methods)
-        for name, least in (
-            ("steps", 1), ("shapley_pairs", 1), ("pruning_points", 2), ("random_orders", 1),
-            ("permutations", 1), ("max_steps", self.steps),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"{name}: expected {least} or more, found {getattr(self, name)}; "
-                    f"set --{name} to {least} or more"
-                )
-        if self.greedy is not None and (self.greedy < 0 or not self.validate):
+        if self.max_steps < self.steps:
             raise InputError(
-                f"greedy: expected 0 or more rounds and --validate with it, found {self.greedy} "
-                f"and validate {self.validate}"
-            )
-        if not self.methods:
-            raise InputError("methods: expected at least one, found none; try --methods '[loo]'")
-        if self.tolerance <= 0 or not 0 < self.fdr < 1:
-            raise InputError(
-                f"tolerance and fdr: expected a tolerance above 0 and an fdr between 0 and 1, "
-                f"found {self.tolerance} and {self.fdr}"
-            )
-        if not 0 <= self.gate_start < 1:
-            raise InputError(
-                f"gate_start: expected 0 or more and less than 1, found {self.gate_start}"
+                f"max_steps: expected {self.steps} or more, as steps, found {self.max_steps}; set "
+                f"--max_steps to {self.steps} or more"
             )
         self._check_sources()
 
@@ -135,5 +125,3 @@ class AttributeSettings(Settings):
             raise InputError(
                 f"validate: expected --loss letter, whose accuracy is measured, found {self.loss}"
             )
-        if self.run is not None and not self.stability:
-            raise InputError("run: expected --stability with it, found none; add --stability")

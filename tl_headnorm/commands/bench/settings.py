@@ -1,13 +1,14 @@
 """Settings of `bench`."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Optional
+from dataclasses import dataclass
+from typing import Literal, Optional
 
+from tl_headnorm.bounds import Checked, Count, CountFrom0, OneLine
 from tl_headnorm.errors import InputError
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class BenchSettings(Checked):
     """Settings of the bench. Without model_path: random weights of LLaMA 3.2-1B's shape.
 
     Args:
@@ -29,29 +30,23 @@ class BenchSettings:
 
     task: Literal["norms", "attribution", "ablation"] = "norms"
     model_path: Optional[str] = None
-    layers: Optional[int] = None
+    layers: Optional[Count] = None
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     device_map: str = "auto"
     dataset: str = "arc_challenge"
     data_dir: Optional[str] = None
-    samples: int = 128
-    repeats: int = 3
-    batch_size: int = 8
+    samples: Count = 128
+    repeats: Count = 3
+    batch_size: Count = 8
     contenders: Optional[list[str]] = None
-    seed: int = 42
-    output_dir: str = "outputs"
+    seed: CountFrom0 = 42
+    output_dir: OneLine = "outputs"
     debug: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("samples", "repeats", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected 1 or more, found {getattr(self, name)}")
-        if self.layers is not None and (self.layers < 1 or self.model_path is not None):
+        super().__post_init__()
+        if self.layers is not None and self.model_path is not None:
             raise InputError(
-                f"layers: expected 1 or more and no model_path, found {self.layers}; it sets the "
+                f"layers: expected no model_path with it, found {self.model_path}; layers sets the "
                 "size of the random model"
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as written to config.json."""
-        return asdict(self)

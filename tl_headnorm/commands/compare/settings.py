@@ -1,13 +1,14 @@
-"""The settings of `compare`."""
+"""Settings of `compare`."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass, field
+from typing import Optional
 
+from tl_headnorm.bounds import Checked, Count, DirName, Fraction, OneLine
 from tl_headnorm.errors import InputError
 
 
 @dataclass(frozen=True)
-class CompareSettings:
+class CompareSettings(Checked):
     """Settings of a comparison of two runs.
 
     Args:
@@ -22,13 +23,14 @@ class CompareSettings:
 
     runs: list[str] = field(default_factory=list)
     names: Optional[list[str]] = None
-    top: int = 10
-    fdr: float = 0.05
-    output_dir: str = "outputs"
-    experiment_name: str = "compare"
+    top: Count = 10
+    fdr: Fraction = 0.05
+    output_dir: OneLine = "outputs"
+    experiment_name: DirName = "compare"
     debug: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.runs) != 2:
             found = ", ".join(self.runs) or "none"
             raise InputError(
@@ -40,18 +42,3 @@ class CompareSettings:
                 f"names: expected two different names, found {self.names}; use for example "
                 "--names '[base, tuned]'"
             )
-        if self.top < 1:
-            raise InputError(f"top: expected 1 or more, found {self.top}")
-        if not 0 < self.fdr < 1:
-            raise InputError(
-                f"fdr: expected a share between 0 and 1, found {self.fdr}; 0.05 is usual"
-            )
-        if not self.experiment_name or "/" in self.experiment_name:
-            raise InputError(
-                f"experiment_name: expected a name without '/', found {self.experiment_name!r}; "
-                "use --output_dir to choose the folder"
-            )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as written to config.json."""
-        return asdict(self)

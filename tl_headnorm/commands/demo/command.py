@@ -35,7 +35,7 @@ def run_demo(settings: DemoSettings) -> Path:
 
 
 def describe(run: xr.Dataset, path: Path) -> str:
-    """What was found: the map, the strongest and weakest heads, where to look next."""
+    """The map, the strongest and weakest heads, and the files to open next."""
     mean = run["head_resid_contrib_norm_mean"].values
     order = np.argsort(mean, axis=None)[::-1]
     names = [".".join(map(str, np.unravel_index(i, mean.shape))) for i in order]

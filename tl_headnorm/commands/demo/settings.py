@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from tl_headnorm.bounds import Checked, CountFrom0, OneLine
+
 
 @dataclass(frozen=True)
-class DemoSettings:
+class DemoSettings(Checked):
     """Settings of the demo.
 
     Args:
@@ -18,6 +20,6 @@ class DemoSettings:
 
     token_agg: Literal["last", "all"] = "last"
     device_map: str = "auto"
-    validate_samples: int = 64
-    output_dir: str = "outputs"
+    validate_samples: CountFrom0 = 64
+    output_dir: OneLine = "outputs"
     debug: bool = False

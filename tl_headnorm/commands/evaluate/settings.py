@@ -1,9 +1,9 @@
 """Settings of `evaluate`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from tl_headnorm.settings import Settings
+from tl_headnorm.settings import BATCHES, STUDY, Settings
 
 
 @dataclass(frozen=True)
@@ -17,3 +17,4 @@ class EvaluateSettings(Settings):
 
     scoring: Literal["letter", "cloze"] = "letter"
     template_name: str = "auto"
+    uses: ClassVar = (*STUDY, *BATCHES)

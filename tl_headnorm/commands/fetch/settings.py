@@ -1,13 +1,14 @@
 """Settings of `fetch`."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from tl_headnorm.bounds import Checked, OneOf
 from tl_headnorm.builtin.downloads import DOWNLOADS
-from tl_headnorm.errors import InputError, unknown
 
 
 @dataclass(frozen=True)
-class FetchSettings:
+class FetchSettings(Checked):
     """Settings of fetch.
 
     Args:
@@ -15,15 +16,5 @@ class FetchSettings:
         debug: Show the traceback of an error.
     """
 
-    models: list[str] = field(default_factory=list)
+    models: Annotated[list[str], OneOf("model", tuple(DOWNLOADS))] = field(default_factory=list)
     debug: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.models:
-            raise InputError(
-                f"models: expected a model's name ({', '.join(DOWNLOADS)}), found none; give for "
-                "example tl-headnorm fetch smollm2"
-            )
-        for name in self.models:
-            if name not in DOWNLOADS:
-                raise unknown("model", name, DOWNLOADS)

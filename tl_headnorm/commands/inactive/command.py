@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_headnorm.commands.attribute.methods import USEFUL_SIGN
 from tl_headnorm.commands.inactive import plots as figures
 from tl_headnorm.commands.inactive.inactive import Found, find_inactive, split_rows
 from tl_headnorm.commands.inactive.settings import InactiveSettings
 from tl_headnorm.commands.inactive.summary import PUBLISHED_BEST, summary
 from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.interventions.names import useful_sign
 from tl_headnorm.measures import choose_measures
 from tl_headnorm.model.loading import Model
 from tl_headnorm.run import results
@@ -74,7 +74,7 @@ def _orders(
                 )
             name = f"attribution:{method}"
             name += f":{len(orders)}" if name in orders else ""
-            orders[name] = USEFUL_SIGN.get(method, -1) * scores[rows].mean(0, dtype=np.float64)
+            orders[name] = useful_sign(method) * scores[rows].mean(0, dtype=np.float64)
         notes.append(f"Attributions of {source} are means over {len(rows)} of its questions.")
     return orders, notes
 

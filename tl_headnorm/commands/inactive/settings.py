@@ -1,19 +1,31 @@
-"""The settings of `inactive`."""
+"""Settings of `inactive`."""
 
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Annotated, ClassVar, Optional, Union
 
-from tl_headnorm.errors import InputError, unknown
-from tl_headnorm.settings import Settings
+from tl_headnorm.bounds import (
+    Bound,
+    Count,
+    CountFrom0,
+    DirName,
+    Fraction,
+    OneOf,
+    Size,
+    at_least,
+    by_commas,
+)
+from tl_headnorm.interventions.names import CONSTANT_REPLACEMENTS
+from tl_headnorm.settings import BATCHES, MEASURES, STUDY, Settings
 
 MODES = ("static", "per_input", "on_the_fly")
-METHODS = ("zero", "mean")
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    """The parts of a list by commas, each once."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+_shares = Bound(
+    lambda shares: shares and all(0 < share < 1 for share in shares), "parts between 0 and 1",
+    "set for example --shares 0.1,0.2",
+)  # fmt: skip
+_ascending = Bound(
+    lambda shares: list(shares) == sorted(set(shares)), "an ascending list", "sort --shares"
+)
 
 
 @dataclass(frozen=True)
@@ -41,64 +53,33 @@ class InactiveSettings(Settings):
 
     measures: Union[tuple[str, ...], str] = "all"
     run: Optional[str] = None
-    calibration_share: float = 0.5
-    shares: tuple[float, ...] = SHARES
-    modes: str = "static,per_input,on_the_fly"
-    method: str = "zero,mean"
+    calibration_share: Fraction = 0.5
+    shares: Annotated[tuple[float, ...], _shares, _ascending] = SHARES
+    modes: Annotated[str, OneOf("mode", MODES)] = "static,per_input,on_the_fly"
+    method: Annotated[str, OneOf("method", CONSTANT_REPLACEMENTS)] = "zero,mean"
     normalise: bool = True
     above: str = "attention_first,attention_entropy"
     combine: bool = True
-    loo_samples: int = 64
+    loo_samples: CountFrom0 = 64
     attributions: Optional[list[str]] = None
-    random_orders: int = 10
-    points: float = 1.0
-    bootstrap: int = 1000
-    batch_size: int = 16
-    experiment_name: str = "inactive"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("random_orders", 1), ("bootstrap", 100), ("loo_samples", 0)):
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"{name}: expected {least} or more, found {getattr(self, name)}; set "
-                    f"--{name} to {least} or more"
-                )
-        if not 0 < self.calibration_share < 1:
-            raise InputError(
-                f"calibration_share: expected a part between 0 and 1, found "
-                f"{self.calibration_share}"
-            )
-        if not self.shares or not all(0 < share < 1 for share in self.shares):
-            raise InputError(
-                f"shares: expected parts between 0 and 1, found {list(self.shares)}; set for "
-                "example --shares '[0.1,0.2]'"
-            )
-        if list(self.shares) != sorted(set(self.shares)):
-            raise InputError(f"shares: expected an ascending list, found {list(self.shares)}")
-        if self.points < 0:
-            raise InputError(f"points: expected 0 or more, found {self.points}")
-        for name, chosen, known in (
-            ("mode", self.chosen_modes, MODES),
-            ("method", self.methods, METHODS),
-        ):
-            for one in chosen:
-                if one not in known:
-                    raise unknown(name, one, known)
-            if not chosen:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, found none")
+    random_orders: Count = 10
+    points: Size = 1.0
+    bootstrap: Annotated[int, at_least(100)] = 1000
+    batch_size: Count = 16
+    experiment_name: DirName = "inactive"
+    uses: ClassVar = (*STUDY, *BATCHES, *MEASURES)
 
     @property
     def chosen_modes(self) -> tuple[str, ...]:
         """The modes asked for, each once."""
-        return _listed(self.modes)
+        return by_commas(self.modes)
 
     @property
     def methods(self) -> tuple[str, ...]:
         """The replacements asked for, each once."""
-        return _listed(self.method)
+        return by_commas(self.method)
 
     @property
     def chosen_above(self) -> tuple[str, ...]:
         """Scores tried in both directions."""
-        return _listed(self.above)
+        return by_commas(self.above)

@@ -1,10 +1,12 @@
 """Settings of `massive`."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Annotated, ClassVar, Optional
 
-from tl_headnorm.errors import InputError
-from tl_headnorm.settings import Settings, among, at_least, needs_data
+from tl_headnorm.bounds import Count, DirName, OneOf, Size, TextLength, at_least
+from tl_headnorm.settings import BATCHES, STUDY, Settings, needs_data
+
+RANKS = ("first_token_weight", "head_resid_contrib_norm")
 
 
 @dataclass(frozen=True)
@@ -28,23 +30,18 @@ class MassiveSettings(Settings):
 
     dataset: str = "none"
     texts: Optional[str] = None
-    text_length: int = 256
-    max_texts: int = 16
-    least: float = 100.0
-    ratio: float = 1000.0
-    picture_layer: int = -1
-    picture_tokens: int = 48
-    prune: int = 8
-    rank_by: str = "first_token_weight"
+    text_length: TextLength = 256
+    max_texts: Count = 16
+    least: Size = 100.0
+    ratio: Size = 1000.0
+    picture_layer: Annotated[int, at_least(-1)] = -1
+    picture_tokens: Count = 48
+    prune: Count = 8
+    rank_by: Annotated[str, OneOf("rank_by", RANKS)] = "first_token_weight"
     sweep_layers: bool = True
-    experiment_name: str = "massive"
+    experiment_name: DirName = "massive"
+    uses: ClassVar = (*STUDY, *BATCHES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, text_length=3, max_texts=1, picture_tokens=1, prune=1, picture_layer=-1)
         needs_data(self, self.texts)
-        among(self, "rank_by", "first_token_weight", "head_resid_contrib_norm")
-        if not (self.least >= 0 and self.ratio >= 0):
-            raise InputError(
-                f"least, ratio: expected 0 or more, found {self.least} and {self.ratio}"
-            )

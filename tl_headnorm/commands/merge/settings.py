@@ -1,14 +1,14 @@
-"""The settings of `merge`."""
+"""Settings of `merge`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from tl_headnorm.bounds import Checked, DirName, OneLine
 from tl_headnorm.errors import InputError
 
 
 @dataclass(frozen=True)
-class MergeSettings:
+class MergeSettings(Checked):
     """Settings of a merge of run directories.
 
     Args:
@@ -19,31 +19,23 @@ class MergeSettings:
     """
 
     runs: list[str]
-    output_dir: str = "outputs"
-    experiment_name: str = "merged"
+    output_dir: OneLine = "outputs"
+    experiment_name: DirName = "merged"
     debug: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.runs) < 2:
             raise InputError(
                 f"merge: expected two run directories or more, found {len(self.runs)}; use "
                 "tl-headnorm merge DIR DIR ..."
             )
-        seen: dict[Path, str] = {}
+        first: dict[Path, str] = {}
         for run in self.runs:
             path = Path(run).expanduser().resolve()
-            if path in seen:
+            if path in first:
                 raise InputError(
                     f"merge: expected different run directories, found {run} again (as "
-                    f"{seen[path]}); name each once"
+                    f"{first[path]}); name each once"
                 )
-            seen[path] = run
-        if not self.experiment_name or "/" in self.experiment_name:
-            raise InputError(
-                f"experiment_name: expected a name without '/', found {self.experiment_name!r}; "
-                "use --output_dir to choose the folder"
-            )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+            first[path] = run

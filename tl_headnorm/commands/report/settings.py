@@ -1,12 +1,13 @@
-"""The settings of `report`."""
+"""Settings of `report`."""
 
 from dataclasses import dataclass, field
 
+from tl_headnorm.bounds import Checked
 from tl_headnorm.errors import InputError
 
 
 @dataclass(frozen=True)
-class ReportSettings:
+class ReportSettings(Checked):
     """Settings of a report.
 
     Args:
@@ -20,6 +21,7 @@ class ReportSettings:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.runs:
             raise InputError(
                 "runs: expected one run directory or more, found none; for example "

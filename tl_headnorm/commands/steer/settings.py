@@ -1,12 +1,13 @@
-"""Settings of `steer`: where attention is steered to, at which heads, and how that is judged."""
+"""Settings of `steer`: the tokens attention is steered to, the heads, and the evaluation."""
 
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, Optional, Union
+from typing import ClassVar, Literal, Optional, Union
 
+from tl_headnorm.bounds import Count, CountFrom0, DirName, Size, TextLength
 from tl_headnorm.errors import InputError
-from tl_headnorm.settings import Settings
+from tl_headnorm.settings import BATCHES, STUDY, Settings
 
 SPANS = re.compile(r"question|option:(answer|wrong|[A-Z])")
 
@@ -56,35 +57,29 @@ class SteerSettings(Settings):
     option_part: Literal["line", "text", "letter"] = "line"
     span_offset: int = 0
     queries: Literal["all", "last"] = "all"
-    random_sets: int = 3
+    random_sets: CountFrom0 = 3
     profile: bool = False
-    profile_top: int = 8
+    profile_top: Count = 8
     profile_by: Literal["steering", "attention"] = "steering"
     profile_boost: Optional[float] = None
-    profile_offsets: int = 6
-    bootstrap: int = 2000
+    profile_offsets: CountFrom0 = 6
+    bootstrap: Count = 2000
     texts: Optional[str] = None
-    text_length: int = 256
-    max_texts: int = 32
+    text_length: TextLength = 256
+    max_texts: Count = 32
     prompts: Optional[str] = None
-    generate: int = 0
-    examples: int = 5
-    seeds: int = 3
-    temperature: float = 0.8
+    generate: CountFrom0 = 0
+    examples: Count = 5
+    seeds: Count = 3
+    temperature: Size = 0.8
     distract: Optional[str] = None
     distract_at: Literal["before", "after"] = "after"
-    must_include_least: float = 0.1
-    experiment_name: str = "steer"
+    must_include_least: Size = 0.1
+    experiment_name: DirName = "steer"
+    uses: ClassVar = (*STUDY, *BATCHES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (
-            ("random_sets", 0), ("profile_top", 1), ("profile_offsets", 0), ("bootstrap", 1),
-            ("text_length", 3), ("max_texts", 1), ("generate", 0), ("examples", 1), ("seeds", 1),
-            ("temperature", 0), ("must_include_least", 0),
-        ):  # fmt: skip
-            if not getattr(self, name) >= least:
-                raise InputError(f"{name}: expected {least} or more, found {getattr(self, name)}")
         _ = self.boosts
         if self.profile_boost is not None:
             _factor("profile_boost", self.profile_boost)

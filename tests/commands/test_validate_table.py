@@ -5,8 +5,8 @@ import re
 import pytest
 from conftest import ROOT
 
+from tl_headnorm.commands.validate import agreement, command
 from tl_headnorm.engine.families import has_hooked
-from tl_headnorm.oracle import agreement, hugging_face
 
 TOLERANCE = 1e-5
 
@@ -50,12 +50,8 @@ def test_the_readme_shows_it(found):
                 assert float(cell) / 10 < found[family][engine] < float(cell) * 10
 
 
-def test_the_command_asks_for_its_flag(capsys):
-    assert hugging_face.main([]) == 2
-    assert "--table" in capsys.readouterr().err
-
-
-def test_the_command_prints_the_table(capsys, monkeypatch):
-    monkeypatch.setattr(agreement, "measure", lambda: {"gemma2": {"bridge": 4.4e-7}})
-    assert hugging_face.main(["--table"]) == 0
-    assert "| gemma2 | Gemma2ForCausalLM | – | 4.4e-07 |" in capsys.readouterr().out
+def test_the_command_prints_the_table(run_cli, monkeypatch):
+    monkeypatch.setattr(command, "measure", lambda: {"gemma2": {"bridge": 4.4e-7}})
+    result = run_cli("validate", "--table")
+    assert result.code == 0
+    assert "| gemma2 | Gemma2ForCausalLM | – | 4.4e-07 |" in result.out
