@@ -106,7 +106,7 @@ def test_no_index_is_one_line(index, run_cli):
 
 
 def test_names(run_cli):
-    assert "expected a model's name (smollm2), found none" in run_cli("fetch").error_line
+    assert "models: expected one of smollm2, found none" in run_cli("fetch").error_line
     assert "did you mean 'smollm2'?" in run_cli("fetch", "smolm2").error_line
     bad = run_cli("collect", "--model_path", "builtin:none", "--dataset", "builtin:questions")
     assert "expected builtin:tiny or builtin:smollm2, found 'builtin:none'" in bad.error_line
