@@ -12,8 +12,9 @@ from conftest import write_jsonl
 from tl_headnorm.commands.steer import instructions
 from tl_headnorm.commands.steer.answers import marked
 from tl_headnorm.commands.steer.plots import boost_labels
-from tl_headnorm.commands.steer.prompts import Prompt, prepare_prompts, read_prompts
+from tl_headnorm.commands.steer.prompts import prepare_prompts
 from tl_headnorm.commands.steer.settings import SteerSettings
+from tl_headnorm.data.prompts import Prompt, read_instructions
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.constrained_decoding import MustInclude, continuation_ids
 from tl_headnorm.interventions.generation import generate
@@ -39,8 +40,8 @@ def settings_of(**changes):
 @pytest.fixture
 def prompts():
     return [
-        Prompt("dog", DOG["prompt"], ("dog", "Lily"), ("purple", "tree")),
-        Prompt("cat", CAT["prompt"], ("hat",), ("hat",)),
+        Prompt(DOG["prompt"], ("dog", "Lily"), "dog", ("purple", "tree")),
+        Prompt(CAT["prompt"], ("hat",), "cat", ("hat",)),
     ]
 
 
@@ -161,7 +162,7 @@ def test_the_same_seed_is_the_same_luck_whatever_stands_beside(stories, prompts)
 
 
 def test_a_prompt_that_asks_for_nothing_is_no_hit(stories, prompts):
-    asks, free = prompts[0], Prompt("free", CAT["prompt"], ("hat",), ())
+    asks, free = prompts[0], Prompt(CAT["prompt"], ("hat",), "free", ())
     settings = settings_of(temperature=0.0, generate=16)
     ready = prepare_prompts([asks, free], stories.tokenizer, settings)
     ways = instructions.ways_of("all", ((0, 1),), settings)
@@ -200,7 +201,7 @@ def test_agreement_and_hits():
     ("line", "said"),
     [
         ("{", "line 2: expected JSON"),
-        ('{"keywords": ["a"]}', 'line 2: expected {"prompt"'),
+        ('{"keywords": ["a"]}', "line 2: expected a text, or an object with a text under 'prompt'"),
         ("[" * 100_000, "line 2: expected JSON, found a fault (maximum recursion"),
         ('{"prompt": "\\ud800", "keywords": ["a"]}', "line 2: expected Unicode text, found half"),
         ('{"prompt": "a"}', "line 2: expected at least one text under keywords"),
@@ -214,11 +215,13 @@ def test_a_faulty_prompt_is_named_by_its_line(tmp_path, line, said):
 
     path = write_jsonl(tmp_path / "p.jsonl", [DOG, line])
     with pytest.raises(InputError, match=re.escape(said)):
-        read_prompts(path)
+        read_instructions(path)
     cut = tmp_path / "cut.jsonl"  # U+2028 stands inside a string here, and ends no line
     cut.write_text('{"prompt": "a\u2028b", "keywords": ["a"]}\r\n', encoding="utf-8")
-    assert [prompt.text for prompt in read_prompts(cut)] == ["a\u2028b"]
-    assert read_prompts(write_jsonl(tmp_path / "q.jsonl", [CAT]))[0].must_include == ("hat",)
+    assert [prompt.text for prompt in read_instructions(cut).items] == ["a\u2028b"]
+    assert read_instructions(write_jsonl(tmp_path / "q.jsonl", [CAT])).items[0].must_include == (
+        "hat",
+    )
 
 
 def test_steer_over_a_file_of_prompts(run_cli, shared_data, tmp_path):

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 from conftest import question_record, train_tokenizer
 
-from tl_headnorm.commands.steer.prompts import Prompt, prepare_prompts
+from tl_headnorm.commands.steer.prompts import prepare_prompts
 from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.commands.steer.steer import bootstrap_interval
 from tl_headnorm.commands.steer.targets import option_spans, question_targets, text_targets
 from tl_headnorm.data.prepare import prepare
+from tl_headnorm.data.prompts import Prompt
 from tl_headnorm.data.questions import parse_record
 from tl_headnorm.data.templates import get_template
 from tl_headnorm.data.texts import read_texts, windows
@@ -116,7 +117,7 @@ def test_spans_inside_a_chat(questions):
     for q, one, places in zip(questions, targets.samples, targets.spans, strict=True):
         assert q.options[q.answer] in said(tokenizer, one, places)
     settings = SteerSettings(**HEADS, prompts="p", generate=3, chat=True)
-    asked = [Prompt("1", " light and a stone ", ("stone",), ())]
+    asked = [Prompt(" light and a stone ", ("stone",), "1")]
     one = prepare_prompts(asked, tokenizer, settings)[0]
     assert said(tokenizer, one.tokens, one.span).strip() == "stone"
     assert one.tokens.ids.count(tokenizer.bos_token_id) >= 1

@@ -1,20 +1,23 @@
 """Files of prompts: one a line, or JSONL with keywords of each prompt's own."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from tl_headnorm.data.lines import json_of, read_text
+from tl_headnorm.data.lines import TextFile, json_of, read_text
 from tl_headnorm.errors import InputError
+
+_KEYS = ("prompt", "keywords", "must_include", "id")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the keywords that matter in it."""
+    """A prompt, the keywords that matter in it, and the texts that its answer must hold."""
 
     text: str
     keywords: tuple[str, ...] = ()
     id: str = ""
+    must_include: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,29 +36,53 @@ def read_prompts(path: str | Path) -> Prompts:
     file and line.
     """
     file = read_text(path, "prompts", "a UTF-8 file of prompts (.txt or .jsonl)")
-    read = _of_json if file.path.suffix == ".jsonl" else lambda line, at: Prompt(line)
-    items = tuple(read(line, at) for line, at in file.lines())
+    if file.path.suffix != ".jsonl":
+        return _prompts(file, [Prompt(line) for line, _ in file.lines()])
+    return _prompts(file, [_prompt(json_of(line, at), at) for line, at in file.lines()])
+
+
+def read_instructions(path: str | Path) -> Prompts:
+    """A JSONL of `prompt`, `keywords` and optionally `must_include` and `id`, no other key.
+
+    `must_include` defaults to the keywords, `id` to the prompt's number from 1.
+    """
+    file = read_text(path, "prompts", "a JSONL of prompt and keywords")
+    found = []
+    for number, (line, at) in enumerate(file.lines(), 1):
+        record = json_of(line, at)
+        prompt = _prompt(record, at)
+        unknown = sorted(set(record) - set(_KEYS)) if isinstance(record, dict) else []
+        if unknown:
+            raise InputError(f"{at}: expected {', '.join(_KEYS)}, found {unknown[0]!r}")
+        if not prompt.keywords:
+            raise InputError(f"{at}: expected at least one text under keywords, found none")
+        if record.get("must_include") is None:
+            prompt = replace(prompt, must_include=prompt.keywords)
+        found.append(replace(prompt, id=prompt.id or str(number)))
+    return _prompts(file, found)
+
+
+def _prompts(file: TextFile, items: Sequence[Prompt]) -> Prompts:
     if not items:
-        raise InputError(f"prompts: expected prompts in {path}, found none")
-    return Prompts(items, str(file.path), file.sha256)
+        raise InputError(f"prompts: expected prompts in {file.path}, found none")
+    return Prompts(tuple(items), str(file.path), file.sha256)
 
 
-def _of_json(line: str, at: str) -> Prompt:
-    record: Any = json_of(line, at)
-    if isinstance(record, str):
-        record = {"prompt": record}
-    text = record.get("prompt") if isinstance(record, dict) else None
+def _prompt(record: object, at: str) -> Prompt:
+    fields = record if isinstance(record, dict) else {"prompt": record}
+    text = fields.get("prompt")
     if not isinstance(text, str) or not text.strip():
         raise InputError(
-            f"{at}: expected a text, or an object with a text under 'prompt', found {line[:60]!r}"
+            f"{at}: expected a text, or an object with a text under 'prompt', found "
+            f"{str(record)[:60]!r}"
         )
-    name = record.get("id")
-    return Prompt(text, texts_under(record, "keywords", at), "" if name is None else str(name))
+    keywords, required = (_texts(fields.get(key), key, at) for key in _KEYS[1:3])
+    name = fields.get("id")
+    return Prompt(text, keywords, "" if name is None else str(name), required)
 
 
-def texts_under(record: dict[str, Any], key: str, at: str) -> tuple[str, ...]:
-    """The text or texts under a key, each once; none where the key is not there."""
-    found = record.get(key)
+def _texts(found: object, key: str, at: str) -> tuple[str, ...]:
+    """A text or a list of texts, each once; none for null."""
     items = [] if found is None else [found] if isinstance(found, str) else found
     if not isinstance(items, list) or not all(isinstance(i, str) and i.strip() for i in items):
         raise InputError(f"{at}: expected a text or a list of texts under {key!r}, found {found!r}")

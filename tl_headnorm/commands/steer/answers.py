@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from tl_headnorm.commands.steer.prompts import Prompt
+from tl_headnorm.data.prompts import Prompt
 from tl_headnorm.plots.templates import render
 from tl_headnorm.run.files import write_text
 

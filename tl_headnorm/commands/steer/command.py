@@ -22,6 +22,7 @@ from tl_headnorm.commands.steer.targets import (
 )
 from tl_headnorm.data.lines import text_or_file
 from tl_headnorm.data.prepare import Prepared, prepare
+from tl_headnorm.data.prompts import Prompt, read_instructions
 from tl_headnorm.data.questions import Questions
 from tl_headnorm.data.spans import TokenText
 from tl_headnorm.data.templates import get_template
@@ -63,7 +64,7 @@ class _Found:
     samples: pd.DataFrame | None
     picked: profiling.Profile | None
     written: list[instructions.Answer]
-    shown: list[prompts.Prompt]
+    shown: list[Prompt]
 
 
 def _steer(settings: SteerSettings, path: Path) -> None:
@@ -224,7 +225,7 @@ def _perplexity(table: pd.DataFrame) -> pd.DataFrame:
 def _examples(
     model: Model, asked: _Asked | None, targets: Targets, name: str, heads: Heads,
     settings: SteerSettings,
-) -> tuple[list[instructions.Answer], list[prompts.Prompt]]:  # fmt: skip
+) -> tuple[list[instructions.Answer], list[Prompt]]:  # fmt: skip
     """Text written on after the first questions (or windows), plain and steered."""
     if settings.generate < 1:
         return [], []
@@ -235,7 +236,7 @@ def _examples(
         row = targets.kept[i]
         identity = str(row) if asked is None else asked.questions[row].id
         text = model.tokenizer.decode(list(sample.ids), skip_special_tokens=True)
-        prompt = prompts.Prompt(identity, text, (_what(settings),), ())
+        prompt = Prompt(text, (_what(settings),), identity)
         tokens = TokenText(text, sample.ids, ((0, 0),) * len(sample))
         ready.append(prompts.Ready(prompt, tokens, span))
     ways = instructions.ways_of(name, heads, settings)
@@ -244,7 +245,7 @@ def _examples(
 
 
 def _save_answers(
-    answers: Sequence[instructions.Answer], asked: Sequence[prompts.Prompt], path: Path, title: str
+    answers: Sequence[instructions.Answer], asked: Sequence[Prompt], path: Path, title: str
 ) -> None:
     rows = [asdict(answer) | {"hit": answer.hit} for answer in answers]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -255,7 +256,7 @@ def _save_answers(
 def _follow(settings: SteerSettings, path: Path) -> None:
     """Prompts of a file: plain, steered and constrained, side by side."""
     started = time.time()
-    asked = prompts.read_prompts(settings.prompts or "")
+    asked = read_instructions(settings.prompts or "").items
     text = text_or_file(settings.distract, "distract").strip() if settings.distract else None
     model = open_model(settings)
     ready = prompts.prepare_prompts(asked, model.tokenizer, settings)

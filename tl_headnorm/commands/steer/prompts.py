@@ -2,25 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from tl_headnorm.data.chat import as_chat
-from tl_headnorm.data.lines import json_of, read_text
-from tl_headnorm.data.prompts import texts_under
+from tl_headnorm.data.prompts import Prompt
 from tl_headnorm.data.spans import TokenText, encode_text, find_spans, positions
 from tl_headnorm.data.templates import Sample
 from tl_headnorm.errors import InputError
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """An instruction, the texts in it that steering looks at, and what the answer must hold."""
-
-    id: str
-    text: str
-    keywords: tuple[str, ...]
-    must_include: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -31,37 +19,6 @@ class Ready:
     tokens: TokenText
     span: tuple[int, ...]
     distracted: bool = False
-
-
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """A JSONL of `prompt`, `keywords` and optionally `must_include` and `id`.
-
-    `must_include` defaults to the keywords. Raises InputError naming file, line and fault.
-    """
-    lines = read_text(path, "prompts", "a JSONL of prompt and keywords").lines()
-    found = [_prompt(line, at, number) for number, (line, at) in enumerate(lines, 1)]
-    if not found:
-        raise InputError(f"prompts: expected at least one prompt in {path}, found none")
-    return found
-
-
-def _prompt(line: str, where: str, number: int) -> Prompt:
-    record = json_of(line, where)
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise InputError(
-            f'{where}: expected {{"prompt": "...", "keywords": ["..."]}}, found {line[:60]}'
-        )
-    unknown = set(record) - {"prompt", "keywords", "must_include", "id"}
-    if unknown:
-        raise InputError(
-            f"{where}: expected prompt, keywords, must_include and id, found {sorted(unknown)[0]!r}"
-        )
-    keywords = texts_under(record, "keywords", where)
-    if not keywords:
-        raise InputError(f"{where}: expected at least one text under keywords, found none")
-    given = record.get("must_include") is not None
-    included = texts_under(record, "must_include", where) if given else keywords
-    return Prompt(str(record.get("id", number)), record["prompt"], keywords, included)
 
 
 def with_distraction(prompt: Prompt, text: str, where: str) -> Prompt:
