@@ -13,7 +13,8 @@ import pytest
 from made_runs import asked, made_run, question
 
 from tl_headnorm import load_run
-from tl_headnorm.commands.report.page import Texts, report_html
+from tl_headnorm.commands.report.page import report_html
+from tl_headnorm.commands.report.texts import Texts
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 FAR = 20_000  # milliseconds: machines that run tests may be busy
@@ -145,7 +146,7 @@ def test_every_figure_is_drawn(browser, made):
     with opened(browser, made[1]) as seen:
         drawn = seen.page.evaluate(
             """[...document.querySelectorAll(".map, .chart")].map((e) =>
-                 [e.id || e.dataset.contrast, e.querySelectorAll(".main-svg").length > 0])"""
+                 [e.id || e.dataset.difference, e.querySelectorAll(".main-svg").length > 0])"""
         )
         assert len(drawn) == 2 + 1 + 2 + 2 + 1
         assert all(there for _, there in drawn), drawn
@@ -398,8 +399,51 @@ def test_scores_of_studies(browser, tmp_path):
         seen.page.mouse.click(*seen.at(2, 3))
         seen.head_is(2, 3)
         assert seen.text("#head-scores") == ""
-        link = seen.page.locator("#beside a", has_text="summary.md")
+        link = seen.page.locator("#related a", has_text="summary.md")
         assert link.evaluate("(a) => a.href") == (folder / "summary.md").as_uri()
+
+
+def test_a_caption_follows_the_mode(browser, made):
+    with opened(browser, made[1]) as seen:
+        for choice, said in (("rank", "rank of the mean"), ("share", "÷ the layer's mean head"),
+                             ("mean", "mean over questions, activation units (L2)")):  # fmt: skip
+            seen.page.locator("#shade").select_option(choice)
+            assert said in seen.text('[data-mode="0"]')
+
+
+def test_right_is_blue_and_wrong_is_orange_everywhere(browser, made):
+    """In the bars of one head and in the map of differences, whose scale is not below its bound."""
+    with opened(browser, made[1]) as seen:
+        bars, scale, limit, bound = seen.page.evaluate(
+            """(() => {
+                 const map = document.querySelector("[data-difference]");
+                 const bars = document.getElementById("spread").data.map((t) => t.marker.color);
+                 const { colorscale, zmax } = map.data[0];
+                 return [bars, [colorscale.at(-1)[1], colorscale[0][1]], zmax,
+                         headReport.data.measures[0].difference.threshold];
+               })()"""
+        )
+        assert bars == scale
+        assert limit >= bound
+
+
+def test_on_a_phone(browser, made):
+    """Nothing is wider than the screen, the contents are one row, a pinned head is a sheet."""
+    with opened(browser, made[1]) as seen:
+        page = seen.page
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_function("document.querySelector('#map-0 .main-svg').clientWidth < 390")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        bar = page.locator("nav").bounding_box()
+        assert bar["height"] < 60
+        page.evaluate("document.getElementById('layers').scrollIntoView()")
+        page.wait_for_timeout(800)
+        heading = page.locator("#layers h2").bounding_box()
+        assert heading["y"] > page.locator("nav").bounding_box()["height"] - 1
+        page.evaluate("headReport.pin(1, 2)")
+        sheet = page.locator("#inspector").bounding_box()
+        assert sheet["y"] + sheet["height"] == pytest.approx(844, abs=1)
+        assert sheet["height"] < 0.5 * 844
 
 
 ODD = {

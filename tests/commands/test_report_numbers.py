@@ -1,4 +1,4 @@
-"""Numbers of the report: what is packed comes back, and what is compared holds its promise."""
+"""Numbers of the report: what is encoded comes back, and what is compared holds its promise."""
 
 import base64
 
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tl_headnorm.commands.report.encoding import chosen_samples, pack
-from tl_headnorm.commands.report.right_vs_wrong import contrast
+from tl_headnorm.commands.report.encoding import encode, samples_that_fit
+from tl_headnorm.commands.report.right_vs_wrong import right_minus_wrong
 from tl_headnorm.stats import wilson
 
 
@@ -21,16 +21,16 @@ from tl_headnorm.stats import wilson
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_packing_keeps_values_within_its_step(values):
-    packed = pack(values)
+def test_encoding_keeps_values_within_its_step(values):
+    encoded = encode(values)
     n_samples, n_layers, n_heads = values.shape
     rows = values.astype(np.float64).transpose(1, 2, 0).reshape(-1, n_samples)
-    assert len(packed.text) == n_layers * n_heads * packed.stride
+    assert len(encoded.text) == n_layers * n_heads * encoded.stride
     for row, wanted in enumerate(rows):
-        part = packed.text[row * packed.stride : (row + 1) * packed.stride]
+        part = encoded.text[row * encoded.stride : (row + 1) * encoded.stride]
         codes = np.frombuffer(base64.b64decode(part, validate=True), "<u2")[:n_samples]
         assert np.array_equal(codes == 65535, np.isnan(wanted))
-        low, high = packed.low[row], packed.high[row]
+        low, high = encoded.low[row], encoded.high[row]
         found = low + codes / 65534 * (high - low)
         step = 0 if np.isnan(high) else (high - low) / 65534
         real = ~np.isnan(wanted)
@@ -43,19 +43,19 @@ def test_float16_would_be_coarser_or_overflow():
     with np.errstate(over="ignore"):
         rival = values.astype(np.float16).astype(np.float64)
     assert not np.isfinite(rival).all()
-    packed = pack(values)
-    codes = np.frombuffer(base64.b64decode(packed.text), "<u2")[:999]
-    found = packed.low[0] + codes / 65534 * (packed.high[0] - packed.low[0])
+    encoded = encode(values)
+    codes = np.frombuffer(base64.b64decode(encoded.text), "<u2")[:999]
+    found = encoded.low[0] + codes / 65534 * (encoded.high[0] - encoded.low[0])
     assert np.abs(found - values.ravel()).max() < 0.1
 
 
 def test_samples_left_out_are_chosen_at_random_by_the_seed():
-    assert np.array_equal(chosen_samples(10, 4, 2, seed=0), np.arange(10))
-    some = chosen_samples(1000, 4, 2, seed=7, most_bytes=1600)
+    assert np.array_equal(samples_that_fit(10, 4, 2, seed=0), np.arange(10))
+    some = samples_that_fit(1000, 4, 2, seed=7, most_bytes=1600)
     assert len(some) == 100
     assert np.array_equal(some, np.unique(some))
-    assert np.array_equal(some, chosen_samples(1000, 4, 2, seed=7, most_bytes=1600))
-    assert not np.array_equal(some, chosen_samples(1000, 4, 2, seed=8, most_bytes=1600))
+    assert np.array_equal(some, samples_that_fit(1000, 4, 2, seed=7, most_bytes=1600))
+    assert not np.array_equal(some, samples_that_fit(1000, 4, 2, seed=8, most_bytes=1600))
     assert 350 < some.mean() < 650, "the first hundred would not stand for all"
 
 
@@ -68,13 +68,13 @@ def test_wilson(right, n, low, high):
     assert found == pytest.approx((low, high), abs=6e-5)
 
 
-def test_contrast_is_welch():
+def test_difference_is_welch():
     """Against the formula written out, and shuffling finds a planted head and no other."""
     rng = np.random.default_rng(0)
     values = rng.normal(50, 1, (300, 4, 8))
     right = rng.random(300) < 0.3
     values[right, 2, 5] += 1.5
-    found = contrast(values, right)
+    found = right_minus_wrong(values, right)
     a, b = values[right][:, 2, 5], values[~right][:, 2, 5]
     stderr = np.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
     k = 2 * 8 + 5
@@ -85,25 +85,25 @@ def test_contrast_is_welch():
     assert found.threshold > 2.5, "the bound of one head alone would be 1.96"
 
 
-def test_contrast_under_no_difference_rarely_finds_any():
+def test_difference_under_no_difference_rarely_finds_any():
     """At 5 % over the whole map; the rival bound of 1.96 finds a head nearly every time."""
     rng = np.random.default_rng(1)
     ours = rival = 0
     for seed in range(40):
         values = rng.exponential(1, (60, 3, 10))
-        found = contrast(values, rng.random(60) < 0.4, seed)
+        found = right_minus_wrong(values, rng.random(60) < 0.4, seed)
         ours += (np.abs(found.t) > found.threshold).any()
         rival += (np.abs(found.t) > 1.96).any()
     assert ours <= 6
     assert rival >= 25
 
 
-def test_contrast_where_there_is_little():
+def test_difference_where_there_is_little():
     values = np.random.default_rng(0).normal(size=(20, 2, 3))
     values[:, 1] = np.nan
     values[:, 0, 0] = 7.1
-    found = contrast(values, np.arange(20) < 8)
+    found = right_minus_wrong(values, np.arange(20) < 8)
     assert np.isnan(found.t[3:]).all()
     assert (found.t[0], found.difference[0]) == (0, pytest.approx(0, abs=1e-12))
     assert np.isfinite(found.t[1:3]).all()
-    assert np.isnan(contrast(values, np.arange(20) < 1).t).all()
+    assert np.isnan(right_minus_wrong(values, np.arange(20) < 1).t).all()

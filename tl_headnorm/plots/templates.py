@@ -15,9 +15,10 @@ from pandas.api.types import is_numeric_dtype
 from tl_headnorm.run.files import plain
 
 NO_VALUE = "–"
+Number = float | np.floating | int | None
 
 
-def render(template: str, **values: Any) -> str:
+def render(template: str, /, **values: Any) -> str:
     """The template at a path in the package, such as `commands/ablate/summary.md.j2`, filled in."""
     return _environment().get_template(template).render(**values)
 
@@ -37,34 +38,34 @@ def asset(path: str) -> Markup:
     return Markup((files("tl_headnorm") / path).read_text(encoding="utf-8"))
 
 
-def number(value: float, digits: int = 4, sign: str = "") -> str:
+def number(value: Number, digits: int = 4, sign: str = "") -> str:
     """`digits` significant digits, trailing zeros included; a dash where there is no value."""
     if value is None or not np.isfinite(value):
         return NO_VALUE
     return f"{value:{sign}#.{digits}g}".rstrip(".").replace("-", "−")
 
 
-def fixed(value: float, digits: int = 3) -> str:
+def fixed(value: Number, digits: int = 3) -> str:
     """So many decimals; a dash where there is no value."""
     return NO_VALUE if value is None or np.isnan(value) else f"{value:.{digits}f}"
 
 
-def general(value: float, digits: int = 4) -> str:
+def general(value: Number, digits: int = 4) -> str:
     """At most `digits` significant digits, as `%g` prints them."""
     return NO_VALUE if value is None or np.isnan(value) else f"{value:.{digits}g}"
 
 
-def signed(value: float, digits: int = 3) -> str:
+def signed(value: Number, digits: int = 3) -> str:
     """At most `digits` significant digits, + or - in front."""
     return NO_VALUE if value is None or np.isnan(value) else f"{value:+.{digits}g}"
 
 
-def percent(value: float, digits: int = 1) -> str:
+def percent(value: Number, digits: int = 1) -> str:
     """A share from 0 to 1 in percent."""
     return NO_VALUE if value is None or np.isnan(value) else f"{value:.{digits}%}"
 
 
-def interval(low: float, high: float, digits: int = 3) -> str:
+def interval(low: Number, high: Number, digits: int = 3) -> str:
     """Both ends with so many decimals: `0.123 to 0.456`."""
     return f"{fixed(low, digits)} to {fixed(high, digits)}"
 
@@ -84,10 +85,8 @@ def formula(text: str) -> Markup:
 
 def cell(value: Any, digits: int = 4) -> str:
     """A table's cell: floats with so many digits, a dash for none, no line ends."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return NO_VALUE
-    if isinstance(value, float):
-        return f"{value:.{digits}g}"
+    if value is None or isinstance(value, (float, np.floating)):
+        return general(value, digits)
     return " ".join(str(value).splitlines())
 
 

@@ -1,4 +1,4 @@
-"""What lies beside a run: studies of the same model, their pages, and their score of each head."""
+"""Other runs in the same folder with the same model: their pages, and their score of each head."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,6 +9,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
+
+from tl_headnorm.commands.report.facts import part
 
 # A file that only this kind of directory has; the first that fits names it.
 KINDS = {
@@ -24,13 +26,20 @@ KINDS = {
     "stability.json": "stability",
     "moments.npz": "head norms",
 }
+# (kind, file, {column: what it is}) of the runs that score single heads.
+SCORES = (
+    ("ablation", "ablation.parquet",
+     {"accuracy_drop": "accuracy lost (share)", "loss_delta": "loss added (nats)"}),
+    ("attribution", "attribution.parquet", {"mean": "attribution"}),
+)  # fmt: skip
+SAME = ("source", "revision", "adapter", "n_layers", "n_heads")
 READABLE = (".html", ".md")
 MOST_SCORES = 24
 MOST_PAGES = 3  # of a folder per prompt
 
 
 @dataclass(frozen=True)
-class Study:
+class RelatedRun:
     """A finished directory: its kind, its name, and (label, relative link) of what to read."""
 
     kind: str
@@ -42,7 +51,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Score:
-    """One number per head from a study, NaN where it did not look at the head."""
+    """One number per head from a study, NaN where the study left the head out."""
 
     study: str
     name: str
@@ -50,23 +59,18 @@ class Score:
     stderr: np.ndarray | None = None
 
 
-def studies_beside(path: Path, meta: Mapping[str, Any]) -> list[Study]:
+def related_runs(path: Path, meta: Mapping[str, Any]) -> list[RelatedRun]:
     """Finished directories in the same folder with this run's model and, where named, its data."""
-    folder = path.resolve().parent
+    name, folder = path.resolve().name, path.resolve().parent
     found = []
     for other in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if other.name == path.resolve().name or not (other / "meta.json").is_file():
+        if other.name == name or not (other / "meta.json").is_file():
             continue
         record = _read_json(other / "meta.json")
-        kind = _kind(other)
-        if kind is None or not (_same(meta, record) or _mentions(record, path)):
-            continue
-        found.append(Study(kind, other.name, _about(record), tuple(_links(other)), other))
+        if _same(meta, record) or _mentions(record, name):
+            kind = next((k for file, k in KINDS.items() if (other / file).is_file()), "study")
+            found.append(RelatedRun(kind, other.name, _about(record), tuple(_links(other)), other))
     return found
-
-
-def _kind(folder: Path) -> str | None:
-    return next((kind for file, kind in KINDS.items() if (folder / file).is_file()), "study")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -77,42 +81,31 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def _part(meta: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = meta.get(name)
-    return part if isinstance(part, Mapping) else {}
-
-
 def _same(meta: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """The same weights; the same questions, unless the study used none."""
-    ours, theirs = _part(meta, "model"), _part(other, "model")
-    keys = ("source", "revision", "adapter", "n_layers", "n_heads")
-    if not theirs or any(ours.get(key) != theirs.get(key) for key in keys):
+    ours, theirs = part(meta, "model"), part(other, "model")
+    if not theirs or any(ours.get(key) != theirs.get(key) for key in SAME):
         return False
-    data, used = _part(meta, "dataset"), _part(other, "dataset")
-    return not used or (data.get("name"), data.get("sha256")) == (
-        used.get("name"),
-        used.get("sha256"),
-    )
+    data, used = part(meta, "dataset"), part(other, "dataset")
+    return not used or all(data.get(key) == used.get(key) for key in ("name", "sha256"))
 
 
-def _mentions(other: Mapping[str, Any], path: Path) -> bool:
+def _mentions(other: Mapping[str, Any], name: str) -> bool:
     """A comparison or a stability report names the runs it was made of."""
-    text = [v for v in other.values() if isinstance(v, str)]
-    text += [v for vs in other.values() if isinstance(vs, list) for v in vs if isinstance(v, str)]
-    return any(Path(value).name == path.resolve().name for value in text)
+    values = [v for vs in other.values() for v in (vs if isinstance(vs, list) else [vs])]
+    return any(Path(value).name == name for value in values if isinstance(value, str))
 
 
 def _about(record: Mapping[str, Any]) -> str:
-    """What the study ran on, in a few words."""
-    data = _part(record, "dataset")
-    words = [f"{data.get('name')} {data.get('split') or ''}".strip()] if data else []
-    if record.get("texts"):
-        words.append(Path(str(_part(record, "texts").get("path", "texts"))).name)
-    if record.get("num_processed"):
-        words.append(f"n={record['num_processed']:,}")
-    if record.get("finished_at"):
-        words.append(str(record["finished_at"])[:10])
-    return " · ".join(words)
+    """The data of a run, its size and its day."""
+    data, texts = part(record, "dataset"), part(record, "texts")
+    words = [
+        f"{data.get('name')} {data.get('split') or ''}".strip() if data else "",
+        Path(str(texts.get("path", "texts"))).name if texts else "",
+        f"n={record['num_processed']:,}" if record.get("num_processed") else "",
+        str(record.get("finished_at") or "")[:10],
+    ]
+    return " · ".join(filter(None, words))
 
 
 def _links(folder: Path) -> Iterator[tuple[str, str]]:
@@ -125,40 +118,34 @@ def _links(folder: Path) -> Iterator[tuple[str, str]]:
             yield inside, f"../{quote(folder.name)}/{quote(inside)}"
 
 
-def scores_of(studies: list[Study], shape: tuple[int, int]) -> list[Score]:
-    """What ablation and attribution say of single heads, the newest directories first."""
+def head_scores(runs: list[RelatedRun], shape: tuple[int, int]) -> list[Score]:
+    """Scores of single heads by ablation and attribution, the newest directories first."""
     found: list[Score] = []
-    for study in reversed(studies):
-        if study.kind == "ablation":
-            names = {"accuracy_drop": "accuracy lost (share)", "loss_delta": "loss added (nats)"}
-            found += _scores(study, "ablation.parquet", names, shape)
-        elif study.kind == "attribution":
-            found += _scores(study, "attribution.parquet", {"mean": "attribution"}, shape)
+    for run in reversed(runs):
+        for kind, file, columns in SCORES:
+            if run.kind == kind:
+                found += _scores(run, file, columns, shape)
     return found[:MOST_SCORES]
 
 
 def _scores(
-    study: Study, file: str, columns: Mapping[str, str], shape: tuple[int, int]
+    run: RelatedRun, file: str, columns: Mapping[str, str], shape: tuple[int, int]
 ) -> Iterator[Score]:
     try:
-        table = pd.read_parquet(study.path / file)
+        table = pd.read_parquet(run.path / file)
         single = table[(table["head"] >= 0) & (table["layer"] >= 0)]
     except (OSError, ValueError, KeyError):
         return  # a damaged study is no fault of this run
+
+    def grid(rows: pd.DataFrame, column: str) -> np.ndarray:
+        values = np.full(shape, np.nan)
+        values[rows["layer"], rows["head"]] = rows[column].to_numpy(np.float64)
+        return values
+
     for method, rows in single.groupby("method", sort=False):
-        at = rows["layer"].to_numpy(), rows["head"].to_numpy()
-        if (at[0] >= shape[0]).any() or (at[1] >= shape[1]).any():
+        if (rows["layer"] >= shape[0]).any() or (rows["head"] >= shape[1]).any():
             continue
+        stderr = grid(rows, "stderr") if "stderr" in rows else None
         for column, text in columns.items():
-            if column not in rows or rows[column].isna().all():
-                continue
-            stderr = _grid(at, rows["stderr"], shape) if "stderr" in rows else None
-            yield Score(study.name, f"{method}: {text}", _grid(at, rows[column], shape), stderr)
-
-
-def _grid(
-    at: tuple[np.ndarray, np.ndarray], column: "pd.Series[Any]", shape: tuple[int, int]
-) -> np.ndarray:
-    grid = np.full(shape, np.nan)
-    grid[at] = column.to_numpy(np.float64)
-    return grid
+            if column in rows and not rows[column].isna().all():
+                yield Score(run.name, f"{method}: {text}", grid(rows, column), stderr)

@@ -1,17 +1,19 @@
-"""Heads on rightly against wrongly answered questions, with what chance alone would show."""
+"""Heads on questions answered right minus those answered wrong, and what chance would show."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 PERMUTATIONS = 500
 MOST_PRODUCTS = 4e9  # of values and permutations: seconds, not minutes, for the largest models
+PERMUTATIONS_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """Mean of right answers minus mean of wrong ones, for every head.
+class Difference:
+    """Mean over right answers minus mean over wrong ones, for every head.
 
     `stderr` is Welch's, sqrt(s1^2 / n1 + s0^2 / n0); `t` their ratio. `threshold` is the 95 %
     quantile of max over heads of |t| when the answers are shuffled among the questions
@@ -24,41 +26,30 @@ class Contrast:
     stderr: Float[np.ndarray, " head"]
     t: Float[np.ndarray, " head"]
     threshold: float
-    n_right: int
-    n_wrong: int
     permutations: int
 
 
-def contrast(
+def right_minus_wrong(
     values: Shaped[np.ndarray, "sample layer head"],
     right: Bool[np.ndarray, " sample"],
     seed: int = 0,
-) -> Contrast:
-    """Compare every head's values between the samples marked and those not marked in `right`."""
+) -> Difference:
+    """Compare every head's values between the samples answered right and the others."""
     flat = np.asarray(values, np.float64).reshape(len(values), -1)
     real = np.isfinite(flat).all(axis=0)
-    n_right, n_wrong = int(right.sum()), int((~right).sum())
     difference, stderr, t = (np.full(flat.shape[1], np.nan) for _ in range(3))
-    few = min(n_right, n_wrong) < 2
-    if few or not real.any():
-        return Contrast(difference, stderr, t, float("nan"), n_right, n_wrong, 0)
+    if min(right.sum(), (~right).sum()) < 2 or not real.any():
+        return Difference(difference, stderr, t, float("nan"), 0)
     # Centred: the sums of squares below would lose their digits at a large common mean.
     x = flat[:, real] - flat[:, real].mean(axis=0)
     difference[real], stderr[real], t[real] = (a[0] for a in _welch(x, right[None]))
     count = int(min(PERMUTATIONS, max(100, MOST_PRODUCTS // x.size)))
-    rng = np.random.default_rng(seed)
-    largest = np.concatenate(
-        [
-            np.abs(_welch(x, np.stack([rng.permutation(right) for _ in range(size)]))[2]).max(1)
-            for size in _parts(count, 50)
-        ]
-    )
+    permuted = partial(np.random.default_rng(seed).permutation, right)
+    labels = np.stack([permuted() for _ in range(count)])
+    parts = np.array_split(labels, -(-count // PERMUTATIONS_AT_ONCE))
+    largest = np.concatenate([np.abs(_welch(x, part)[2]).max(axis=1) for part in parts])
     threshold = float(np.quantile(largest, 0.95, method="higher"))
-    return Contrast(difference, stderr, t, threshold, n_right, n_wrong, count)
-
-
-def _parts(total: int, size: int) -> list[int]:
-    return [min(size, total - start) for start in range(0, total, size)]
+    return Difference(difference, stderr, t, threshold, count)
 
 
 def _welch(

@@ -1,9 +1,10 @@
 // The figures, by plotly, in the page's own type and colours.
 const CONFIG = { displayModeBar: false };
+const FONT = getComputedStyle($("theme")).fontFamily;
 // Viridis, sampled: readable by colour-blind eyes, and in grey.
 const SEQUENTIAL = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779",
   "#6ece58", "#b5de2b", "#fde725"].map((c, i, all) => [i / (all.length - 1), c]);
-const diverging = () => [[0, color("cool")], [0.5, color("mid")], [1, color("warm")]];
+const diverging = (low, high) => [[0, color(low)], [0.5, color("mid")], [1, color(high)]];
 
 function step(count, most) {
   let by = 1;
@@ -21,12 +22,12 @@ function axis(more = {}) {
 
 function layout(more = {}) {
   return {
-    font: { family: color("sans"), size: 12.5, color: color("soft") },
+    font: { family: FONT, size: 12.5, color: color("soft") },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
     margin: { l: 46, r: 10, t: 8, b: 38 }, dragmode: false, bargap: 0,
     hoverlabel: {
       bgcolor: color("paper"), bordercolor: color("rule"), align: "left",
-      font: { family: color("sans"), size: 13, color: color("ink") },
+      font: { family: FONT, size: 13, color: color("ink") },
     },
     ...more,
   };
@@ -73,19 +74,24 @@ const places = [];
 for (let l = 0; l < L; l++) for (let h = 0; h < H; h++) places.push([l, h]);
 
 // What the cells are coloured by: the mean itself, its rank (a few large heads leave the rest
-// dark otherwise), or its share of what the layer's mean head has.
+// dark otherwise), or the mean over that of the layer's mean head; with what the caption says of it.
 function shades(number) {
-  const m = measures[number], by = $("shade").value;
-  if (by === "rank") return [ranks[number].of, { colorscale: SEQUENTIAL, reversescale: true }];
+  const m = measures[number], by = $("shade").value, unit = m.unit || "no unit";
+  if (by === "rank") {
+    return [ranks[number].of, { colorscale: SEQUENTIAL, reversescale: true }, "rank of the mean, 1 is the largest"];
+  }
   const real = m.mean.filter((x) => x !== null);
   if (real.some((x) => x < 0)) {
     const most = real.reduce((a, x) => Math.max(a, Math.abs(x)), 0);
-    return [m.mean, { colorscale: diverging(), zmin: -most, zmax: most }];
+    return [m.mean, { colorscale: diverging("less", "more"), zmin: -most, zmax: most },
+      `mean over questions, ${unit}; purple is below 0, green above`];
   }
-  if (by === "mean") return [m.mean, { colorscale: SEQUENTIAL }];
+  if (by === "mean") return [m.mean, { colorscale: SEQUENTIAL }, `mean over questions, ${unit}`];
   const means = layerMeans(m);
   const z = m.mean.map((x, i) => x === null ? null : x / (means[places[i][0]] || 1));
-  return [z, { colorscale: diverging(), zmin: 0, zmid: 1, zmax: 2 }];
+  const clipped = z.filter((x) => x > 2).length;
+  return [z, { colorscale: diverging("less", "more"), zmin: 0, zmid: 1, zmax: 2 },
+    "mean ÷ the layer's mean head, 1 is the middle" + (clipped ? `; scale ends at 2, ${clipped} beyond` : "")];
 }
 
 function layerMeans(m) {
@@ -101,7 +107,8 @@ function drawMap(element) {
   const text = places.map(([l, h], i) => m.mean[i] === null ? `<b>${nameOf(l, h)}</b>  no data`
     : `<b>${nameOf(l, h)}</b>  ${show(m.mean[i])}` + (m.std ? ` ± ${show(m.std[i], 3)}` : "")
       + `<br>rank ${of[i]} of ${count}`);
-  const [z, colors] = shades(number);
+  const [z, colors, caption] = shades(number);
+  document.querySelector(`[data-mode="${number}"]`).textContent = caption;
   const [trace, shape] = grid(element, z, text, colors);
   return Plotly.react(element, [trace], shape, CONFIG);
 }
@@ -109,15 +116,18 @@ function drawMap(element) {
 // Behind "more measures": drawn when that is opened.
 const isFolded = (element) => element.closest("details:not([open])") !== null;
 
-function drawContrast(element) {
+// Right answers minus wrong ones: blue where right is larger, orange where wrong is. The scale is
+// never narrower than the bound of shuffled answers, so that noise stays pale.
+function drawDifference(element) {
   if (isFolded(element)) return;
-  const m = measures.find((x) => x.name === element.dataset.contrast), c = m.contrast;
-  const text = places.map(([l, h], i) => c.t[i] === null ? `<b>${nameOf(l, h)}</b>  no data`
-    : `<b>${nameOf(l, h)}</b>  ${show(c.difference[i], 3)} ± ${show(c.stderr[i], 2)}`
-      + `<br>${show(c.t[i], 3)} standard errors`);
-  const most = c.t.reduce((a, x) => Math.max(a, Math.abs(x ?? 0)), 0) || 1;
-  const [trace, shape] = grid(element, c.t, text, { colorscale: diverging(), zmin: -most, zmax: most });
-  const far = places.filter((_, i) => c.threshold !== null && Math.abs(c.t[i] ?? 0) > c.threshold);
+  const m = measures.find((x) => x.name === element.dataset.difference), d = m.difference;
+  const text = places.map(([l, h], i) => d.t[i] === null ? `<b>${nameOf(l, h)}</b>  no data`
+    : `<b>${nameOf(l, h)}</b>  ${show(d.difference[i], 3)} ± ${show(d.stderr[i], 2)}`
+      + `<br>${show(d.t[i], 3)} standard errors`);
+  const most = d.t.reduce((a, x) => Math.max(a, Math.abs(x ?? 0)), d.threshold ?? 0) || 1;
+  const [trace, shape] = grid(element, d.t, text,
+    { colorscale: diverging("wrong", "right"), zmin: -most, zmax: most });
+  const far = places.filter((_, i) => d.threshold !== null && Math.abs(d.t[i] ?? 0) > d.threshold);
   const dots = { type: "scatter", mode: "markers", x: far.map((p) => p[1]), y: far.map((p) => p[0]),
     hoverinfo: "skip", marker: { size: 4.5, color: color("ink") } };
   return Plotly.react(element, [trace, dots], shape, CONFIG);
@@ -207,7 +217,7 @@ function drawRelation() {
     type: "scatter", mode: "markers", x, y, customdata: both,
     text: both.map((i) => `<b>${nameOf(...places[i])}</b><br>${show(a.mean[i])} and ${show(b.mean[i])}`),
     hoverinfo: "text", marker: { size: 8, opacity: 0.85, color: both.map((i) => places[i][0]),
-      colorscale: SEQUENTIAL, cmin: 0, cmax: Math.max(1, L - 1), line: { width: 0.7, color: color("edge") },
+      colorscale: SEQUENTIAL, cmin: 0, cmax: Math.max(1, L - 1), line: { width: 0.7, color: color("paper") },
       colorbar: L > 1 ? { title: { text: "layer", side: "top", font: { size: 12 } }, thickness: 9, outlinewidth: 0,
         x: 1.012, xpad: 0, ypad: 0, dtick: step(L, 8), tickfont: { size: 11.5 } } : undefined,
       showscale: L > 1 },
@@ -227,7 +237,7 @@ function drawRelation() {
 
 function drawAll() {
   document.querySelectorAll(".map").forEach(drawMap);
-  document.querySelectorAll("[data-contrast]").forEach(drawContrast);
+  document.querySelectorAll("[data-difference]").forEach(drawDifference);
   document.querySelectorAll("[data-layers]").forEach(drawLayers);
   drawRelation();
   drawSpread();

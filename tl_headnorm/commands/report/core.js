@@ -3,14 +3,14 @@ const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("payload").textContent);
 const { layers: L, heads: H, measures, samples } = data;
 const N = samples ? samples.index.length : 0;
-const held = measures.some((m) => m.stride);
+const hasValues = measures.some((m) => m.stride); // per sample
 
-// The place in view, and the one a click holds on to.
+// The head shown, and whether a click has pinned it.
 const state = { layer: 0, head: 0, measure: 0, pinned: false };
 const row = (layer, head) => layer * H + head;
 
 const blobs = new Map(); // a measure's base64 text, asked of the DOM once
-const decoded = new Map(); // the heads looked at last
+const decoded = new Map(); // the heads shown last
 const REMEMBERED = 64;
 
 // One head's values over the samples, Float64Array; NaN where there is none.
@@ -77,4 +77,4 @@ const formulaOf = (m) => escaped(m.formula).replace(SCRIPT, (_, sign, word) =>
 
 const questions = (n) => `${n.toLocaleString("en")} question${n === 1 ? "" : "s"}`;
 const nameOf = (layer, head) => `${layer}.${head}`;
-const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const { color } = page;

@@ -1,4 +1,4 @@
-// Pointing, pinning, keys; the head's own panel; light, dark and paper.
+// The head's panel; pointer, pins and keys; redrawing for themes, sizes and paper.
 function cursor(element) {
   let box = element.querySelector(":scope > .cursor");
   if (!box) {
@@ -52,7 +52,8 @@ function drawNumbers() {
 
 function drawState() {
   const line = $("state");
-  if (!state.pinned) { line.textContent = held ? "Under the pointer. Click to pin." : "Under the pointer."; return; }
+  document.body.classList.toggle("pinned", state.pinned);
+  if (!state.pinned) { line.textContent = hasValues ? "Under the pointer. Click to pin." : "Under the pointer."; return; }
   const button = make("button", "let go", { type: "button" });
   button.addEventListener("click", unpin);
   line.replaceChildren("Pinned. ", button);
@@ -66,7 +67,7 @@ function announce() {
 }
 
 let asked = null;
-function look(layer, head, measure = state.measure) {
+function showHead(layer, head, measure = state.measure) {
   Object.assign(state, { layer, head, measure });
   document.querySelectorAll(".map").forEach(cursor);
   // Pointers move faster than screens: one redraw a frame.
@@ -80,14 +81,14 @@ function look(layer, head, measure = state.measure) {
 
 function pin(layer, head, measure = state.measure) {
   state.pinned = true;
-  look(layer, head, measure);
+  showHead(layer, head, measure);
   drawState();
   drawSamples();
 }
 
 function unpin() {
   state.pinned = false;
-  look(state.layer, state.head);
+  showHead(state.layer, state.head);
   drawState();
   drawSamples();
 }
@@ -103,7 +104,7 @@ function onKey(event) {
   if (event.ctrlKey || event.altKey || event.metaKey) return;
   if (move) {
     const layer = clamp(state.layer + move[0], L), head = clamp(state.head + move[1], H);
-    if (state.pinned) pin(layer, head, measure); else look(layer, head, measure);
+    if (state.pinned) pin(layer, head, measure); else showHead(layer, head, measure);
   } else if (event.key === "Enter" || event.key === " ") {
     pin(state.layer, state.head, measure);
   } else if (event.key !== "Escape") return;
@@ -128,18 +129,12 @@ function listen(element) {
   };
   element.addEventListener("mousemove", onCell((layer, head) => {
     if (!state.pinned && !(layer === state.layer && head === state.head && measure === state.measure)) {
-      look(layer, head, measure);
+      showHead(layer, head, measure);
     }
   }));
   element.addEventListener("click", onCell(pin));
   element.addEventListener("keydown", onKey);
-  element.addEventListener("focus", () => { if (!state.pinned) look(state.layer, state.head, measure); });
-}
-
-function setTheme(dark) {
-  document.documentElement.dataset.theme = dark ? "dark" : "light";
-  $("theme").textContent = dark ? "Light" : "Dark";
-  $("theme").setAttribute("aria-pressed", String(dark));
+  element.addEventListener("focus", () => { if (!state.pinned) showHead(state.layer, state.head, measure); });
 }
 
 function redraw() {
@@ -148,10 +143,6 @@ function redraw() {
   document.querySelectorAll(".map").forEach(cursor);
 }
 
-const darkness = matchMedia("(prefers-color-scheme: dark)");
-const isDark = () => document.documentElement.dataset.theme === "dark";
-setTheme(darkness.matches);
-
 // Start where there is most to see: at the largest head of the first measure.
 const largest = Math.max(0, ranks[0].of.indexOf(1));
 [state.layer, state.head] = places[largest];
@@ -159,8 +150,7 @@ redraw();
 drawState();
 document.querySelectorAll(".map").forEach(listen);
 
-darkness.addEventListener("change", () => { setTheme(darkness.matches); redraw(); });
-$("theme").addEventListener("click", () => { setTheme(!isDark()); redraw(); });
+page.onTheme(redraw);
 document.querySelectorAll("button.head").forEach((button) => button.addEventListener("click", () => {
   pin(Number(button.dataset.layer), Number(button.dataset.head));
   $("explorer").scrollIntoView();
@@ -170,7 +160,7 @@ $("shade").addEventListener("change", () => document.querySelectorAll(".map").fo
   cursor(element);
 }));
 document.querySelectorAll("details.more").forEach((more) => more.addEventListener("toggle", () => {
-  more.querySelectorAll("[data-contrast]").forEach(drawContrast);
+  more.querySelectorAll("[data-difference]").forEach(drawDifference);
   more.querySelectorAll("[data-layers]").forEach(drawLayers);
 }));
 ["relation-x", "relation-y"].forEach((id) => $(id)?.addEventListener("change", drawRelation));
@@ -184,11 +174,8 @@ $("find")?.addEventListener("input", (event) => {
 let resized;
 addEventListener("resize", () => { clearTimeout(resized); resized = setTimeout(redraw, 120); });
 
-// Paper is light, and one column wide.
-let wasDark = false;
+// Paper is one column wide; page.js makes it light, which draws all again.
 addEventListener("beforeprint", () => {
-  wasDark = isDark();
-  setTheme(false);
   document.querySelectorAll(".map, .chart").forEach((element) => {
     element.style.width = element.closest(".pair") ? "318px" : "660px";
   });
@@ -196,7 +183,6 @@ addEventListener("beforeprint", () => {
 });
 addEventListener("afterprint", () => {
   document.querySelectorAll(".map, .chart").forEach((element) => { element.style.width = ""; });
-  setTheme(wasDark);
   redraw();
 });
 
