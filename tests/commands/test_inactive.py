@@ -309,9 +309,22 @@ def clean_values(model, names):
 def test_what_the_fly_refuses(model):
     with pytest.raises(InputError, match="expected a measure that does not look at the answer"):
         run_rules(model, [Rule("r", MEASURES["direct_logit"], factors_of(model), 0.0)])
-    bridge = load_model(hf_model=llama(), engine="bridge")
-    with pytest.raises(InputError, match="expected --engine hooked, found a bridge"):
-        run_rules(bridge, [Rule("r", MEASURES["output_norm_all"], {}, 0.0)])
+
+
+@pytest.mark.parametrize("name", ["attention_first", "output_norm_all"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_fly_is_the_same_on_a_bridge(name, side):
+    """Heads that are off, and the residual they leave, decided inside the pass."""
+    found = []
+    for engine in ("auto", "bridge"):
+        one = load_model(hf_model=llama(), engine=engine)
+        factors = factors_of(one)
+        rules = [Rule(str(x), MEASURES[name], factors, x) for x in (0.02, 0.1, 1.0, 5.0)]
+        found.append(run_rules(one, rules, side))
+    (resid, off), (theirs, their_off) = found
+    assert 0 < off.sum() < off.numel()
+    assert torch.equal(off, their_off)
+    torch.testing.assert_close(resid, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_a_threshold_no_head_is_under_changes_nothing(model):
@@ -590,7 +603,6 @@ def test_runs_that_do_not_fit_are_refused(run_cli, small, finished, tmp_path):
         (["--shares", "[0.5,0.1]"], "expected an ascending list"),
         (["--shares", "[0.5,1.5]"], "expected parts between 0 and 1"),
         (["--calibration_share", "1"], "expected a share between 0 and 1"),
-        (["--engine", "bridge"], "engine: expected hooked"),
         (["--random_orders", "0"], "random_orders: expected 1 or more"),
         (["--above", "cosine_al"], "above: expected measures that are tried"),
         (["--measures", "cosine_al"], "did you mean 'cosine_all'"),

@@ -265,6 +265,8 @@ def test_a_bridge_begins_at_any_layer(name, layer):
 STUDIES = {
     "ablate": [],
     "massive": [],
+    "steer": ["--boosts", "[4.0]"],
+    "inactive": ["--max_samples", 8, "--measures", "output_norm_all,attention_first"],
     "attribute": ["--steps", 4, "--methods", "[grad_x_act, ig_joint, ig_layer, loo, rollout]"],
 }
 

@@ -12,7 +12,6 @@ from handmade import family_model, llama
 
 from tl_headnorm.commands.collect.measuring import measure_samples
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.errors import InputError
 from tl_headnorm.measures import MEASURES, choose_measures
 from tl_headnorm.model.loading import load_model
 from tl_headnorm.oracle import hugging_face
@@ -364,15 +363,14 @@ class TestNaiveRivals:
         assert ((self.mask.sum(1) - 1) != self.mask.shape[1] - 1).any()
 
 
-def test_a_bridge_measures_what_needs_z_alone():
-    hf_model = llama()
-    samples = samples_of(97, 6)
-    bridge = load_model(hf_model=hf_model, engine="bridge")
-    chosen = tuple(m for m in EVERY if set(m.reads) == {"z"})
-    assert len(chosen) > 8
-    found = measure_samples(bridge, samples, measures=chosen).values
-    truth = stacked(hf_model, samples)
-    far = disagreements(found, {m.name: truth[m.name] for m in chosen})
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_bridge_measures_the_same(share, side):
+    hf_model, samples = llama(), samples_of(97, 6)
+    found = measure_samples(
+        load_model(hf_model=hf_model, engine="bridge"), samples, measures=EVERY,
+        answers=answers_of(samples), padding_side=side, share_prefix=share, batch_size=4,
+    ).values  # fmt: skip
+    far = disagreements(found, stacked(hf_model, samples))
+    assert set(far) == set(MEASURES)
     assert max(far.values()) < 1e-4, far
-    with pytest.raises(InputError, match="expected what reads z alone on a bridge, found pattern"):
-        measure_samples(bridge, samples, measures=choose_measures("attention_first"))

@@ -7,28 +7,34 @@ gets a twin: modules of its own on the same tensors.
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.positions import real_tokens_last, take_position
+from tl_headnorm.engine.positions import take_position
 from tl_headnorm.engine.protocol import (
     CachedPass,
     Engine,
+    FinalNorm,
     Hook,
     OnLayer,
     Pass,
     Prefix,
     Start,
     Tail,
+    ZByLayer,
     by_head,
+    layer_readers,
     wide,
 )
 from tl_headnorm.errors import InputError, first_line
+
+NO_CACHE = {"use_cache": False}
 
 
 def twin(hf_model: Any) -> Any:
@@ -95,6 +101,21 @@ def stopping_before(bridge: Any, layer: int) -> Iterator[None]:
 
 
 @contextmanager
+def stopping_after_last_z(bridge: Any) -> Iterator[None]:
+    """While inside, a forward pass ends with the last layer's W_O."""
+    from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+    def stop(module: Any, args: Any, output: Tensor) -> None:
+        raise StopAtLayerException(output)
+
+    handle = bridge.blocks[bridge.cfg.n_layers - 1].attn.o.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def beginning_at(bridge: Any, layer: int, resid: Tensor) -> Iterator[None]:
     """While inside, `resid` stands before `layer`, whatever the layers below it made.
 
@@ -113,18 +134,93 @@ def beginning_at(bridge: Any, layer: int, resid: Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def skipping_below(bridge: Any, layer: int) -> Iterator[None]:
+    """While inside, the blocks below `layer` give their input back; nothing of them is computed."""
+
+    def give_back(*args: Any, **kwargs: Any) -> Any:
+        return args[0] if args else kwargs["hidden_states"]
+
+    skipped = list(bridge.blocks)[:layer]
+    for block in skipped:  # past torch's and the bridge's own __setattr__
+        object.__setattr__(block, "forward", give_back)
+    try:
+        yield
+    finally:
+        for block in skipped:
+            object.__delattr__(block, "forward")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows as the bridge runs them, and where the caller's positions are in them.
+
+    With a prefix real tokens come first: a gap of padding behind the prefix would be felt by a
+    sliding window. `queries` and `keys` are None where rows and positions are the caller's own.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Int[Tensor, "batch key"]
+    cache: dict[str, Any] = field(default_factory=dict)
+    queries: Int[Tensor, "batch caller_pos"] | None = None
+    keys: Int[Tensor, "batch caller_key"] | None = None
+
+    def index(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+        """Index of the caller's positions in an activation of this name."""
+        assert self.queries is not None, "asked of rows that are not the caller's"
+        assert self.keys is not None, "asked of rows that are not the caller's"
+        queries, row = self.queries.to(x.device), torch.arange(len(x), device=x.device)
+        if not name.endswith(("hook_pattern", "hook_attn_scores")):
+            return row[:, None], queries
+        head = torch.arange(x.shape[1], device=x.device)[None, :, None, None]
+        keys = self.keys.to(x.device)[:, None, None, :]
+        return row[:, None, None, None], head, queries[:, None, :, None], keys
+
+    def of_caller(self, name: str, x: Tensor) -> Tensor:
+        """An activation at the caller's positions, on the device of the ids."""
+        found = x if self.queries is None else x[self.index(name, x)]
+        return found.to(self.ids.device)
+
+    def put_back(self, name: str, x: Tensor, new: Tensor) -> Tensor:
+        """x with `new` at the caller's positions."""
+        new = new.to(x.device)
+        return new.reshape(x.shape) if self.queries is None else self._put(name, x, new)
+
+    def _put(self, name: str, x: Tensor, new: Tensor) -> Tensor:
+        index = self.index(name, x)
+        return x.index_put(index, new.reshape(x[index].shape))
+
+
 class BridgeEngine(Engine):
     """A TransformerBridge: Hugging Face's modules with hook points, attention by the eager code.
 
-    A prefix runs again with every batch, a late start runs the layers below it all the same, and
-    no block is cut short.
+    The last block computes every position, or nothing behind its z.
     """
-
-    shares_prefix = False
-    starts_late = False
 
     def __init__(self, tl: Any) -> None:
         self.tl = tl
+        # Whether blocks return a tensor and no tuple: noted in the first pass.
+        self._plain_blocks: bool | None = None
+
+    @property
+    def _config(self) -> Any:
+        return self.tl.original_model.config.get_text_config()
+
+    @property
+    def shares_prefix(self) -> bool:  # type: ignore[override]
+        """Not where a layer keeps a state that is no list of keys and values."""
+        kinds = set(getattr(self._config, "layer_types", None) or ())
+        return self.starts_late and kinds <= {"full_attention", "sliding_attention"}
+
+    @property
+    def starts_late(self) -> bool:  # type: ignore[override]
+        """Not where a later layer reads what an earlier one computed (Gemma 3n)."""
+        return not getattr(self._config, "num_kv_shared_layers", 0)
+
+    @property
+    def splits_blocks(self) -> bool:
+        """Norms after attention or MLP, and scaled additions, are the model's own code."""
+        return False
 
     def run(
         self,
@@ -136,23 +232,50 @@ class BridgeEngine(Engine):
         prefix: Prefix | None = None,
         stop: int | None = None,
     ) -> Float[Tensor, "batch resid_pos d_model"]:
-        rows, back = start, None
+        # Where a pass starts at a residual, any tokens do.
+        ids = torch.zeros_like(mask) if start.ids is None else start.ids
         if start.resid is None:
-            assert start.ids is not None, "a pass begins at tokens or at a residual"
             self.check_length(mask.shape[1] + (len(prefix) if prefix else 0))
-            ids, mask, back = _with_prefix(start.ids, mask, prefix)
-            rows = Start(ids)
-        with self.hooks(hooks):
-            resid = _in_order(self._forward(rows, mask, stop), back)
+        rows = self._rows(ids, mask, prefix)
+        with self.hooks([self._for_rows(hook, rows) for hook in hooks]):
+            resid = self._forward(rows, start, tail, stop)
         return take_position(resid, tail.last) if tail else resid
 
-    def _forward(self, start: Start, mask: Tensor, stop: int | None = None) -> Tensor:
-        ids, put = start.ids, cast("AbstractContextManager[None]", nullcontext())
-        if start.resid is not None:  # any tokens: the residual takes their place
-            ids, put = torch.zeros_like(mask), beginning_at(self.tl, start.layer, start.resid)
-        with put, stopping_before(self.tl, self.n_layers if stop is None else stop):
-            resid: Tensor = self.tl(ids, attention_mask=mask, use_cache=False)
-        return resid.to(mask.device)
+    def _for_rows(self, hook: Hook, rows: _Rows) -> Hook:
+        """A hook that is given the caller's positions, and z with a head axis."""
+        name, function = hook
+
+        def adapted(value: Tensor, hook: Any) -> Tensor | None:
+            shaped = by_head(value, self.n_heads) if name.endswith("hook_z") else value
+            new = function(rows.of_caller(name, shaped), hook)
+            return None if new is None else rows.put_back(name, shaped, new).reshape(value.shape)
+
+        return name, adapted
+
+    def _forward(
+        self, rows: _Rows, start: Start, tail: Tail | None = None, stop: int | None = None
+    ) -> Tensor:
+        with ExitStack() as stack:
+            if start.resid is not None:
+                stack.enter_context(beginning_at(self.tl, start.layer, start.resid))
+                if self._plain_blocks and self.starts_late:
+                    stack.enter_context(skipping_below(self.tl, start.layer))
+            self._end(stack, tail, stop)
+            resid = self.tl(rows.ids, attention_mask=rows.mask, **(rows.cache or NO_CACHE))
+        return rows.of_caller("", resid)
+
+    def _end(self, stack: ExitStack, tail: Tail | None, stop: int | None = None) -> None:
+        """Where the passes inside `stack` end; the first of all notes what a block returns."""
+        if tail is not None and not tail.resid:
+            stack.enter_context(stopping_after_last_z(self.tl))
+        else:
+            stack.enter_context(stopping_before(self.tl, self.n_layers if stop is None else stop))
+        if self._plain_blocks is None:
+
+            def note(block: Any, args: Any, output: Any) -> None:
+                self._plain_blocks = isinstance(output, Tensor)
+
+            stack.callback(self.tl.blocks[0].register_forward_hook(note).remove)
 
     def run_z(
         self,
@@ -164,47 +287,30 @@ class BridgeEngine(Engine):
         extra: Sequence[str] = (),
     ) -> Pass:
         self.check_length(ids.shape[1] + (len(prefix) if prefix else 0))
+        found = self._cached(self._rows(ids, mask, prefix), tail, extra)
+        z, resid = found.z, found.resid
+        if tail and not tail.z_everywhere:
+            z = {layer: take_position(value, tail.last) for layer, value in z.items()}
+        return Pass(z, take_position(resid, tail.last) if tail else resid, found.extra)
+
+    def _cached(self, rows: _Rows, tail: Tail | None = None, extra: Sequence[str] = ()) -> Pass:
+        """`run_with_cache` filtered to hook_z and `extra`, up to the last block."""
         names = {hook_names.z(layer): layer for layer in range(self.n_layers)}
         wanted = {*names, *extra}
-        ids, mask, back = _with_prefix(ids, mask, prefix)
-        with stopping_before(self.tl, self.n_layers):
+        with ExitStack() as stack:
+            self._end(stack, tail)
             resid, cache = self.tl.run_with_cache(
-                ids,
-                attention_mask=mask,
+                rows.ids,
+                attention_mask=rows.mask,
                 names_filter=lambda name: name in wanted,
                 return_cache_object=False,
                 output_attentions=False,  # else every layer's pattern is kept
-                use_cache=False,
+                **(rows.cache or NO_CACHE),
             )
-        found = {name: _in_order(value.to(ids.device), back) for name, value in cache.items()}
+        found = {name: rows.of_caller(name, value) for name, value in cache.items()}
         z = {la: by_head(found[name], self.n_heads) for name, la in names.items() if name in found}
-        resid = _in_order(resid.to(ids.device), back)
-        if tail and not tail.z_everywhere:
-            z = {layer: take_position(value, tail.last) for layer, value in z.items()}
-        if tail:
-            resid = take_position(resid, tail.last)
-        return Pass(z, resid, {name: found[name] for name in extra if name in found})
-
-    def run_layers(
-        self,
-        ids: Int[Tensor, "batch pos"],
-        mask: Int[Tensor, "batch pos"],
-        on_layer: OnLayer,
-        *,
-        reads: Sequence[str] = ("z",),
-        prefix: Prefix | None = None,
-        tail: Tail | None = None,
-        edits: bool = False,
-    ) -> Float[Tensor, "batch resid_pos d_model"]:
-        if set(reads) - {"z"}:
-            raise InputError(
-                f"measures: expected what reads z alone on a bridge, found "
-                f"{', '.join(sorted(set(reads) - {'z'}))} to be read; use --engine hooked"
-            )
-        found = self.run_z(ids, mask, prefix=prefix, tail=tail)
-        while found.z:
-            on_layer(layer := next(iter(found.z)), {"z": found.z.pop(layer)})
-        return found.resid
+        extras = {name: found[name] for name in extra if name in found}
+        return Pass(z, rows.of_caller("", resid), extras)
 
     def run_prefix(
         self,
@@ -213,11 +319,44 @@ class BridgeEngine(Engine):
         reads: Sequence[str] = ("z",),
         on_layer: OnLayer | None = None,
     ) -> Prefix:
+        from transformers import DynamicCache
+
+        self.check_length(len(ids))
         tokens = torch.tensor([list(ids)], device=self.device)
-        return Prefix(tuple(ids), None, self.run_z(tokens, torch.ones_like(tokens)).z)
+        cache = DynamicCache() if self.shares_prefix else None
+        past = {} if cache is None else {"past_key_values": cache, "use_cache": True}
+        rows, z = _Rows(tokens, torch.ones_like(tokens), past), ZByLayer()
+        if set(reads) == {"z"}:
+            z = self._cached(rows).z
+            while on_layer and z:
+                on_layer(layer := next(iter(z)), {"z": z.pop(layer)})
+        else:
+            report = on_layer or (lambda layer, read: z.__setitem__(layer, read["z"]))
+            readers = layer_readers(self.n_layers, reads, report)
+            with self.hooks([self._for_rows(hook, rows) for hook in readers]):
+                self._forward(rows, Start(tokens))
+        return Prefix(tuple(ids), cache, z)
+
+    def _rows(self, ids: Tensor, mask: Tensor, prefix: Prefix | None) -> _Rows:
+        """The rows of a pass behind a prefix: by its cache, else with its tokens before each."""
+        if prefix is None:
+            return _Rows(ids, mask)
+        n = len(prefix)
+        head = torch.tensor(prefix.ids, device=ids.device).expand(len(ids), -1)
+        if prefix.cache is None:
+            ids, mask = torch.cat([head, ids], 1), torch.cat([torch.ones_like(head), mask], 1)
+        order = torch.argsort(1 - mask, dim=1, stable=True)
+        ids, mask, places = ids.gather(1, order), mask.gather(1, order), order.argsort(1)
+        if prefix.cache is None:
+            return _Rows(ids, mask, {}, places[:, n:], places)
+        past = {"past_key_values": _expanded(prefix.cache, len(ids)), "use_cache": True}
+        before = torch.arange(n, device=ids.device).expand(len(ids), -1)
+        keys = torch.cat([before, places + n], 1)
+        return _Rows(ids, torch.cat([torch.ones_like(head), mask], 1), past, places, keys)
 
     def prefix_values(self, prefix: Prefix, layer: int) -> Float[Tensor, "1 pos kv_head d_head"]:
-        raise NotImplementedError
+        values: Tensor = prefix.cache.layers[layer].values
+        return values.transpose(1, 2).to(self.device)
 
     def cached_pass(self, n_rows: int) -> CachedPass:
         past: dict[str, Any] = {}
@@ -235,23 +374,22 @@ class BridgeEngine(Engine):
 
         return step
 
+    @property
+    def final_norm(self) -> FinalNorm:
+        norm = self.tl.ln_final
+        centred = not norm.uses_rms_norm
+        offset = not centred and getattr(self.cfg, "rmsnorm_uses_offset", False)  # Gemma: 1 + w
+        return FinalNorm(norm.original_component.weight + int(offset), self.cfg.eps, centred)
+
     def head_sum_name(self, layer: int) -> str:
         return f"blocks.{layer}.attn.hook_out"
 
 
-def _with_prefix(
-    ids: Tensor, mask: Tensor, prefix: Prefix | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Full rows, without a gap between prefix and prompt, and the prompt's positions in them."""
-    if prefix is None:
-        return ids, mask, None
-    head = torch.tensor(prefix.ids, device=ids.device).expand(len(ids), -1)
-    rows, real = torch.cat([head, ids], 1), torch.cat([torch.ones_like(head), mask], 1)
-    order = real_tokens_last(real)
-    back = order.argsort(1)[:, len(prefix) :]
-    return rows.gather(1, order), real.gather(1, order), back
-
-
-def _in_order(x: Tensor, back: Tensor | None) -> Tensor:
-    """x [batch, pos, ...] at the given positions of every row."""
-    return x if back is None else x[torch.arange(len(x), device=x.device)[:, None], back]
+def _expanded(cache: Any, n_rows: int) -> Any:
+    """A prefix's cache for every row of a batch; nothing is copied, and it stays as it is."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in found.layers:
+        layer.keys = layer.keys.expand(n_rows, -1, -1, -1)
+        layer.values = layer.values.expand(n_rows, -1, -1, -1)
+    return found

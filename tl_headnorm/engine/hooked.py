@@ -1,6 +1,6 @@
 """HookedTransformer as an engine: late starts, a shared prefix, a last block cut short."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -14,6 +14,7 @@ from tl_headnorm.engine.positions import take_position
 from tl_headnorm.engine.protocol import (
     CachedPass,
     Engine,
+    FinalNorm,
     Hook,
     OnLayer,
     Pass,
@@ -21,6 +22,7 @@ from tl_headnorm.engine.protocol import (
     Start,
     Tail,
     ZByLayer,
+    layer_readers,
     wide,
 )
 from tl_headnorm.engine.short_blocks import stopping_at
@@ -102,25 +104,6 @@ class HookedEngine(Engine):
         z = {layer: cache[name] for name, layer in names.items() if name in cache}
         return Pass(z, resid, {name: cache[name] for name in extra if name in cache})
 
-    def run_layers(
-        self,
-        ids: Int[Tensor, "batch pos"],
-        mask: Int[Tensor, "batch pos"],
-        on_layer: OnLayer,
-        *,
-        reads: Sequence[str] = ("z",),
-        prefix: Prefix | None = None,
-        tail: Tail | None = None,
-        edits: bool = False,
-    ) -> Float[Tensor, "batch resid_pos d_model"]:
-        if set(reads) == {"z"} and not edits:
-            found = self.run_z(ids, mask, prefix=prefix, tail=tail)
-            while found.z:
-                on_layer(layer := next(iter(found.z)), {"z": found.z.pop(layer)})
-            return found.resid
-        readers = layer_readers(self.n_layers, reads, on_layer)
-        return self.run(Start(ids), mask, readers, prefix=prefix, tail=tail)
-
     def run_prefix(
         self,
         ids: Sequence[int],
@@ -162,30 +145,13 @@ class HookedEngine(Engine):
 
         return step
 
+    @property
+    def final_norm(self) -> FinalNorm:
+        norm = self.tl.ln_final
+        return FinalNorm(norm.w, norm.eps, self.cfg.normalization_type == "LN")
+
     def head_sum_name(self, layer: int) -> str:
         return hook_names.attn_out(layer)
-
-
-def layer_readers(n_layers: int, reads: Sequence[str], on_layer: OnLayer) -> list[Hook]:
-    """Hooks that gather a layer's activations and report them at z, the last to fire."""
-    held: dict[str, Tensor] = {}
-
-    def reader(layer: int, name: str) -> Callable[[Tensor, Any], Tensor | None]:
-        def read(value: Tensor, hook: Any) -> Tensor | None:
-            held[name] = value
-            if name != "z":
-                return None
-            found = dict(held)
-            held.clear()
-            return on_layer(layer, found)
-
-        return read
-
-    return [
-        (getattr(hook_names, name)(layer), reader(layer, name))
-        for layer in range(n_layers)
-        for name in reads
-    ]
 
 
 def _for_batch(prefix: Prefix, batch_size: int) -> Any:

@@ -18,8 +18,3 @@ def take_position(
 ) -> Shaped[Tensor, "batch 1 *rest"]:
     """x at one position of each row; the position axis stays."""
     return x[torch.arange(len(x), device=x.device), position].unsqueeze(1)
-
-
-def real_tokens_last(mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """Per row an order of its positions, pads first: padding anywhere becomes left padding."""
-    return torch.argsort(mask, dim=1, stable=True)

@@ -72,6 +72,15 @@ class Pass:
     extra: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class FinalNorm:
+    """(x - mean(x) if `centred`) / sqrt(mean of its squares + eps) * weight, and a bias or none."""
+
+    weight: Float[Tensor, " d_model"]
+    eps: float
+    centred: bool
+
+
 @runtime_checkable
 class Engine(Protocol):
     """A decoder-only model that runs with TransformerLens' hook points.
@@ -154,7 +163,6 @@ class Engine(Protocol):
         """
         ...
 
-    @abstractmethod
     def run_layers(
         self,
         ids: Int[Tensor, "batch pos"],
@@ -174,7 +182,13 @@ class Engine(Protocol):
         not in them, but for a pattern's keys); with a `tail` the last block may give the last
         one alone. With `edits`, a returned tensor replaces z.
         """
-        ...
+        if set(reads) == {"z"} and not edits:
+            found = self.run_z(ids, mask, prefix=prefix, tail=tail)
+            while found.z:
+                on_layer(layer := next(iter(found.z)), {"z": found.z.pop(layer)})
+            return found.resid
+        readers = layer_readers(self.n_layers, reads, on_layer)
+        return self.run(Start(ids), mask, readers, prefix=prefix, tail=tail)
 
     @abstractmethod
     def run_prefix(
@@ -273,6 +287,12 @@ class Engine(Protocol):
     # Embedding and unembedding
 
     @property
+    @abstractmethod
+    def final_norm(self) -> FinalNorm:
+        """The norm before the unembedding."""
+        ...
+
+    @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """Token embeddings."""
         tl = self.tl
@@ -317,24 +337,47 @@ class Engine(Protocol):
         x is the residual at the last token (centred within u where the final norm centres),
         scale `final_scale`; what biases add is left out. float32 or wider.
         """
-        norm, W_U = self.tl.ln_final, self.tl.unembed.W_U
+        W_U, norm = self.tl.unembed.W_U, self.final_norm
+        token_ids, n_options, answers = (x.to(W_U.device) for x in (token_ids, n_options, answers))
         wide = torch.promote_types(W_U.dtype, torch.float32)
         columns = W_U.T[token_ids].to(wide)
         option = torch.arange(token_ids.shape[1], device=token_ids.device)
         right = option == answers[:, None]
         others = (option < n_options[:, None]) & ~right
         weight = right.to(wide) - others.to(wide) / others.sum(1, keepdim=True).clamp_min(1)
-        direction = torch.einsum("bo,bom->bm", weight, columns) * norm.w.to(wide)
-        if self.cfg.normalization_type == "LN":  # <x - mean(x), u> = <x, u - mean(u)>
+        direction = torch.einsum("bo,bom->bm", weight, columns) * norm.weight.to(columns)
+        if norm.centred:  # <x - mean(x), u> = <x, u - mean(u)>
             direction = direction - direction.mean(-1, keepdim=True)
-        return direction
+        return direction.to(self.device)
 
     def final_scale(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, " batch"]:
         """Divisor of the final norm at a residual vector."""
-        wide = resid.to(torch.promote_types(resid.dtype, torch.float32))
-        if self.cfg.normalization_type == "LN":
+        norm, wide = self.final_norm, resid.to(torch.promote_types(resid.dtype, torch.float32))
+        if norm.centred:
             wide = wide - wide.mean(-1, keepdim=True)
-        return (wide.pow(2).mean(-1) + self.tl.ln_final.eps).sqrt()
+        return (wide.pow(2).mean(-1) + norm.eps).sqrt()
+
+
+def layer_readers(n_layers: int, reads: Sequence[str], on_layer: OnLayer) -> list[Hook]:
+    """Hooks that gather a layer's activations and report them at z, the last to fire."""
+    held: dict[str, Tensor] = {}
+
+    def reader(layer: int, name: str) -> Callable[[Tensor, Any], Tensor | None]:
+        def read(value: Tensor, hook: Any) -> Tensor | None:
+            held[name] = value
+            if name != "z":
+                return None
+            found = dict(held)
+            held.clear()
+            return on_layer(layer, found)
+
+        return read
+
+    return [
+        (getattr(hook_names, name)(layer), reader(layer, name))
+        for layer in range(n_layers)
+        for name in reads
+    ]
 
 
 def by_head(z: Tensor, n_heads: int) -> Float[Tensor, "batch pos head d_head"]:

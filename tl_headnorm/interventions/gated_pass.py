@@ -1,15 +1,12 @@
 """Heads switched off as they are scored: a layer is scored on what the layers before it left."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_headnorm.engine import hook_names
-from tl_headnorm.engine.protocol import Hook
+from tl_headnorm.engine.protocol import Hook, layer_readers
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.intervention import Intervention, Rows
 from tl_headnorm.measures import Measure
@@ -43,11 +40,7 @@ class Rule(Intervention):
         return How(measures=(self.measure,)).everywhere
 
     def hooks(self, rows: Rows) -> list[Hook]:
-        """Raises InputError on a bridge, and for a measure that reads the answer."""
-        if not rows.model.engine.starts_late:
-            raise InputError(
-                "on_the_fly: expected --engine hooked, found a bridge; leave the mode out"
-            )
+        """Raises InputError for a measure that reads the answer."""
         if "answer" in self.measure.reads:
             raise InputError(
                 f"on_the_fly: expected a measure that does not look at the answer, found "
@@ -57,27 +50,17 @@ class Rule(Intervention):
         measurer = Measurer(rows.model, self.factors, How(measures=(self.measure,)), ())
         off = torch.zeros(len(rows), info.n_layers, info.n_heads, device=rows.ids.device)
         rows.found["off"] = off
-        read: dict[str, Tensor] = {}
 
-        def reader(layer: int, name: str) -> Callable[[Tensor, Any], Tensor | None]:
-            def on_point(value: Tensor, hook: Any) -> Tensor | None:
-                read[name] = value
-                if name != "z":  # z is the last of a layer's
-                    return None
-                values = measurer.of_layer(layer, dict(read), rows.mask, rows.last)
-                scores = self.sign * _scaled(values[self.measure.name].double(), self.normalised)
-                gone = scores < self.threshold
-                off[:, layer] = gone.to(off.dtype)
-                new = rows.replacement(self.method, layer).to(value.dtype)
-                return torch.where(gone[:, None, :, None], new, value)
+        def on_layer(layer: int, read: dict[str, Tensor]) -> Tensor:
+            z = read["z"]
+            values = measurer.of_layer(layer, read, rows.mask, rows.last)
+            scores = self.sign * _scaled(values[self.measure.name].double(), self.normalised)
+            gone = scores < self.threshold
+            off[:, layer] = gone.to(off.dtype)
+            new = rows.replacement(self.method, layer).to(z.dtype)
+            return torch.where(gone[:, None, :, None], new, z)
 
-            return on_point
-
-        return [
-            (getattr(hook_names, name)(layer), reader(layer, name))
-            for layer in range(info.n_layers)
-            for name in measurer.how.reads
-        ]
+        return layer_readers(info.n_layers, measurer.how.reads, on_layer)
 
 
 def _scaled(values: Float[Tensor, "row head"], normalised: bool) -> Float[Tensor, "row head"]:

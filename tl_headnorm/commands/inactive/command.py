@@ -29,11 +29,6 @@ def run_inactive(settings: InactiveSettings) -> Path:
     with run_dir(settings.output_dir, settings.experiment_name) as path:
         started = time.time()
         model, questions = open_both(settings)
-        if model.info.engine != "hooked":
-            raise InputError(
-                f"engine: expected hooked, whose passes begin at any layer, found "
-                f"{model.info.engine}; use --engine hooked and a family it computes"
-            )
         split = split_rows(len(questions), settings.calibration_share)
         ids = [q.id for q in questions]
         orders, notes = _orders(settings, {ids[i] for i in split.calibration}, set(ids), model)
