@@ -265,8 +265,7 @@ def test_a_bridge_begins_at_any_layer(name, layer):
 STUDIES = {
     "ablate": [],
     "massive": [],
-    "steer": ["--boosts", "[4.0]"],
-    "inactive": ["--max_samples", 8, "--measures", "output_norm_all,attention_first"],
+    "inactive": ["--measures", "output_norm_all,attention_first", "--shares", "[0.2,0.5]"],
     "attribute": ["--steps", 4, "--methods", "[grad_x_act, ig_joint, ig_layer, loo, rollout]"],
 }
 
@@ -276,7 +275,8 @@ def test_studies_run_on_the_bridge(run_cli, small, tmp_path, command):
     """And give what HookedTransformer gives, where there is one."""
     import pandas as pd
 
-    flags = [*small, "--dataset", "arc_challenge", "--max_samples", 2, *STUDIES[command]]
+    n_samples = 4 if command == "inactive" else 2
+    flags = [*small, "--dataset", "arc_challenge", "--max_samples", n_samples, *STUDIES[command]]
     engines = ["bridge", "hooked"] if has_hooked() else ["bridge"]
     runs = {}
     for engine in engines:
