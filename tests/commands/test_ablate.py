@@ -12,8 +12,9 @@ from tl_headnorm.commands.ablate import ablate as study
 from tl_headnorm.commands.ablate.settings import AblateSettings
 from tl_headnorm.data.texts import read_texts, windows
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward, hook_names
+from tl_headnorm.engine import hook_names
 from tl_headnorm.engine.protocol import Start
+from tl_headnorm.engine.select import engine_of
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions import replacements, runner
 from tl_headnorm.interventions.edits import Ablation
@@ -72,8 +73,10 @@ def test_all_heads_zero_leave_the_output_bias():
     rows = Rows.pad(as_model(tl), [Encoded(0, (1, 5, 3, 11))], "right")
     hooks = Ablation("all", heads=((0, 0), (0, 1), (0, 2))).hooks(rows)
     resid = rows.model.engine.run(Start(rows.ids), rows.mask, hooks)
-    torch.testing.assert_close(resid, tl.embed(rows.ids) + forward.b_O(tl, 0))
-    with tl.hooks(fwd_hooks=[(hook_names.attn_out(0), lambda x, hook: 0 * x + forward.b_O(tl, 0))]):
+    torch.testing.assert_close(resid, tl.embed(rows.ids) + engine_of(tl).b_O(0))
+    with tl.hooks(
+        fwd_hooks=[(hook_names.attn_out(0), lambda x, hook: 0 * x + engine_of(tl).b_O(0))]
+    ):
         torch.testing.assert_close(resid, tl(rows.ids, stop_at_layer=1))
 
 
@@ -100,7 +103,7 @@ def test_the_reference_is_the_plain_mean_of_z(model, others):
         (torch.tensor([s.ids]), torch.ones(1, len(s), dtype=torch.long))
         for s in prompts((8, 11, 5), offset=9)
     ]
-    rows = [forward.run_z(model.tl, ids, mask).z for ids, mask in ones]
+    rows = [model.engine.run_z(ids, mask).z for ids, mask in ones]
     for layer in range(3):
         tokens = torch.cat([z[layer][0] for z in rows])
         torch.testing.assert_close(others.mean[layer], tokens.mean(0))

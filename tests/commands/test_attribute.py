@@ -15,7 +15,7 @@ from tl_headnorm.commands.attribute.leave_one_out import without_each
 from tl_headnorm.commands.attribute.losses import Item, LetterLoss, TokenLoss
 from tl_headnorm.commands.attribute.methods import quadrature
 from tl_headnorm.commands.attribute.settings import METHODS, AttributeSettings
-from tl_headnorm.engine.forward import zero_heads
+from tl_headnorm.engine.select import engine_of
 
 HEAD_METHODS = tuple(m for m in METHODS if m != "rollout")
 TOWARDS_ZERO = ("grad_x_act", "ig_joint", "ig_path", "ig_layer", "loo", "shapley")
@@ -145,7 +145,7 @@ def test_one_more_head_off_is_a_whole_forward_with_those_heads_off(loss):
     for row, item in enumerate(chosen):
         for layer, head in np.argwhere(on):
             off = [(0, 1), (1, 2), (int(layer), int(head))]
-            with zero_heads(tl, off):
+            with engine_of(tl).zero_heads(off):
                 logits = tl(torch.tensor([item.ids]))[0]
             if isinstance(loss, LetterLoss):
                 truth = -logits[-1, list(item.letter_ids)].log_softmax(0)[item.answer]

@@ -38,7 +38,8 @@ from tl_headnorm.commands.inactive.scores import (
 from tl_headnorm.commands.inactive.settings import InactiveSettings
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward, hook_names
+from tl_headnorm.engine import hook_names
+from tl_headnorm.engine.protocol import Start
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.cached_run import CachedRun
 from tl_headnorm.interventions.gated_pass import Rule
@@ -332,7 +333,7 @@ def test_a_threshold_no_head_is_under_changes_nothing(model):
     resid, off = run_rules(model, [rule], "left")
     assert not off.any()
     batch = make_batch(prompts(), "left")
-    clean = forward.run_resid(model.tl, batch.ids, batch.mask)[:, -1]
+    clean = model.engine.run(Start(batch.ids), batch.mask)[:, -1]
     torch.testing.assert_close(resid[0, :, 0], clean)
 
 
@@ -389,11 +390,11 @@ def test_leave_one_out_is_the_loss_added(model):
     rows = Rows.pad(model, prompts()[:1], "right")
 
     def loss():
-        resid = forward.run_resid(model.tl, rows.ids, rows.mask)[:, -1:]
+        resid = model.engine.run(Start(rows.ids), rows.mask)[:, -1:]
         return float(Letters(ANSWERS).loss(rows, resid)[0])
 
     clean = loss()
-    with forward.zero_heads(model.tl, [(1, 4)]):
+    with model.engine.zero_heads([(1, 4)]):
         changed = loss()
     alone = leave_one_out(model, prompts()[:1], ANSWERS[:1], Settings())
     np.testing.assert_allclose(alone[1, 4], changed - clean, rtol=1e-6)

@@ -15,8 +15,8 @@ from tl_headnorm.data.questions import Question
 from tl_headnorm.data.templates import text_target
 from tl_headnorm.data.texts import read_texts, windows
 from tl_headnorm.data.tokens import bos_id, common_prefix_length, token_ids
-from tl_headnorm.engine import forward
 from tl_headnorm.engine.protocol import Tail
+from tl_headnorm.engine.select import engine_of
 from tl_headnorm.measures import last_real_position
 
 
@@ -47,7 +47,7 @@ class LetterLoss:
     ) -> Float[Tensor, "row option"]:
         width = max(len(item.letter_ids) for item in items)
         padded = [i.letter_ids + i.letter_ids[:1] * (width - len(i.letter_ids)) for i in items]
-        logits = forward.letter_logits(tl, resid[:, 0], torch.tensor(padded, device=resid.device))
+        logits = engine_of(tl).token_logits(resid[:, 0], torch.tensor(padded, device=resid.device))
         number = torch.tensor([len(i.letter_ids) for i in items], device=resid.device)
         absent = torch.arange(width, device=resid.device) >= number[:, None]
         return logits.masked_fill(absent, -torch.inf).log_softmax(-1)
@@ -75,7 +75,7 @@ class TokenLoss:
         starts = torch.tensor([max(i.start, 1) for i in items], device=ids.device)
         targets = mask.bool() & (nth >= starts[:, None])
         row, at = targets.nonzero(as_tuple=True)
-        logits = forward.logits(tl, resid[row, at - 1][None])[0]
+        logits = engine_of(tl).logits(resid[row, at - 1][None])[0]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = -wide.log_softmax(-1).gather(1, ids[row, at][:, None])[:, 0]
         sums = nll.new_zeros(len(ids)).index_add(0, row, nll)

@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from tl_headnorm.data.plan import Group, Planned, plan_run, prefix_groups
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine import forward
 from tl_headnorm.engine.memory import halving_on_oom
 from tl_headnorm.errors import InputError
 from tl_headnorm.measures.measurer import Factors, Found, How, Measurer, factors_of, most_tokens
@@ -81,7 +80,7 @@ def measure_samples(
 def plan_samples(model: Model, samples: Sequence[Encoded], how: How) -> list[Planned]:
     """The batches of a run; `max_batch_tokens` auto goes by the memory that is free now."""
     most = most_tokens(model, how, max(map(len, samples), default=1))
-    shared = how.share_prefix and forward.can_share_prefix(model.tl)
+    shared = how.share_prefix and model.engine.shares_prefix
     groups = prefix_groups(samples) if shared else [Group(tuple(samples), 0)]
     return plan_run(groups, how.batch_size, most, sort=how.sort)
 
