@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from einops import einsum
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from tl_headnorm.engine.protocol import Engine
 from tl_headnorm.errors import InputError
+from tl_headnorm.model.loading import Model
 
 # Largest accepted |difference| / max|reference|: a few hundred roundings of the type.
 TOLERANCE = {
@@ -30,7 +30,7 @@ def relative_difference(found: Tensor, reference: Tensor) -> float:
 
 
 @torch.no_grad()
-def check_model(model: Any) -> dict[str, float]:
+def check_model(model: Model) -> dict[str, float]:
     """Compare with Hugging Face on a probe, row 0 full and row 1 left-padded.
 
     Raises InputError unless: all numbers are finite; logits equal Hugging Face's; in every layer
@@ -69,7 +69,7 @@ def check_model(model: Any) -> dict[str, float]:
     return found
 
 
-def not_finite(model: Any, z: Mapping[int, Tensor]) -> str:
+def not_finite(model: Model, z: Mapping[int, Tensor]) -> str:
     """Where NaN or infinity shows first: layer and heads, and the tensor it is from."""
     tensor = next((n for n, p in model.hf.named_parameters() if not p.isfinite().all()), None)
     why = f"the tensor {tensor} holds such numbers: mend the weights"
@@ -90,7 +90,7 @@ def _several(heads: list[int]) -> str:
     return shown if len(heads) <= 4 else f"{shown} and {len(heads) - 4} more"
 
 
-def _probe(model: Any) -> tuple[Tensor, Tensor]:
+def _probe(model: Model) -> tuple[Tensor, Tensor]:
     """Two rows of spread-out token ids, the second one padded on the left."""
     length = min(PROBE_LENGTH, model.n_ctx)
     vocabulary = model.engine.cfg.d_vocab
@@ -106,7 +106,9 @@ def _head_sum(engine: Engine, z: Tensor, layer: int) -> Tensor:
     return einsum(z.to(wide), W_O, "b p h d, h d m -> b p m") + b_O
 
 
-def _check_causal(engine: Engine, z: Any, ids: Tensor, mask: Tensor, resid: Tensor) -> None:
+def _check_causal(
+    engine: Engine, z: Mapping[int, Tensor], ids: Tensor, mask: Tensor, resid: Tensor
+) -> None:
     """The hook must cut the model, not watch it: zeroing the strongest head changes the output."""
     layer = max(z)
     sizes = einsum(

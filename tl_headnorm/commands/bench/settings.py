@@ -22,7 +22,7 @@ class BenchSettings(Checked):
         samples: Number of prompts.
         repeats: Timed rounds; the contenders take turns in each.
         batch_size: Prompts per forward pass.
-        contenders: Which to run, for example '[hf_forward, ours_last]'; null runs all.
+        contenders: Which to run, for example hf_forward,ours_last; null runs all.
         seed: Seed of the random tokens.
         output_dir: Where the bench directory is made.
         debug: Show the traceback of an error.

@@ -13,7 +13,7 @@ class CompareSettings(Checked):
 
     Args:
         runs: Two run directories: what is compared to, and what is compared.
-        names: What to call the two, such as '[base, tuned]'; null takes the directories' names.
+        names: What to call the two, such as base,tuned; null takes the directories' names.
         top: Heads listed among those that changed most.
         fdr: Share of false discoveries allowed among the heads called changed.
         output_dir: Where the directory of the comparison is made.
@@ -40,5 +40,5 @@ class CompareSettings(Checked):
         if self.names is not None and len(set(self.names)) != 2:
             raise InputError(
                 f"names: expected two different names, found {self.names}; use for example "
-                "--names '[base, tuned]'"
+                "--names base,tuned"
             )
