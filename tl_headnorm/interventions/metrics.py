@@ -36,6 +36,18 @@ class Metric(ABC):
         """Values of every run and row; `clean` is the clean run's residual."""
 
 
+class Loss(Metric):
+    """A metric with a loss that is differentiable with respect to the residual."""
+
+    @abstractmethod
+    def loss(self, rows: Rows, resid: Resid) -> Float[Tensor, " batch"]:
+        """The loss of every row, in float32 or wider."""
+
+    def __call__(self, runs: Sequence[Rows], resid: Sequence[Resid], clean: Resid) -> ByName:
+        each = [self.loss(rows, x) for rows, x in zip(runs, resid, strict=True)]
+        return {"loss": torch.stack(each)}
+
+
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities; entries p gives no mass to count nothing."""
     terms = torch.where(p > -torch.inf, p.exp() * (p - q), p.new_zeros(()))
@@ -48,7 +60,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Letters(Metric):
+class Letters(Loss):
     """The answer distribution: softmax over the options' letters at the last token.
 
     loss is -log p(right letter), correct whether it is the largest, kl that of the clean
@@ -68,7 +80,6 @@ class Letters(Metric):
         }
 
     def loss(self, rows: Rows, resid: Resid) -> Float[Tensor, " batch"]:
-        """The loss alone, differentiable."""
         return -self.logp(rows, resid).gather(1, self._answers(rows)[:, None])[:, 0]
 
     def _answers(self, rows: Rows) -> Tensor:

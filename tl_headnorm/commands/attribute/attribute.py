@@ -11,12 +11,11 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from tl_headnorm.commands.attribute.gated_loss import Engine, batches, bundles
+from tl_headnorm.commands.attribute.gated_loss import GatedLoss
 from tl_headnorm.commands.attribute.leave_one_out import loo, shapley
 from tl_headnorm.commands.attribute.losses import (
-    Item,
+    TokenLoss,
     corrupted_items,
-    make_loss,
     question_items,
     text_file_items,
 )
@@ -29,8 +28,10 @@ from tl_headnorm.commands.attribute.methods import (
 from tl_headnorm.commands.attribute.rollout import token_scores
 from tl_headnorm.commands.attribute.settings import AttributeSettings, expand_methods
 from tl_headnorm.data.questions import Question
+from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.gates import Base
+from tl_headnorm.interventions.metrics import Loss
 from tl_headnorm.interventions.names import useful_sign
 from tl_headnorm.model.loading import Model
 from tl_headnorm.run import results
@@ -51,10 +52,10 @@ class _Kept:
 
 @dataclass
 class Job:
-    """Items, groups and the engine of one run; what `attribute` and the validation share."""
+    """Items, groups and the loss of one run, for `attribute` and the validation."""
 
-    engine: Engine
-    items: list[Item]
+    gated: GatedLoss
+    items: Sequence[Encoded]
     questions: Sequence[Question]
     settings: AttributeSettings
     record: dict[str, Any] = field(default_factory=dict)
@@ -83,37 +84,36 @@ class Job:
 
 def open_job(model: Model, questions: Sequence[Question], settings: AttributeSettings) -> Job:
     """Tokenise and set up the loss. Raises InputError for what cannot be run."""
-    loss = make_loss(settings.loss)
-    engine = Engine(model, loss, bound=settings.max_batch_tokens, side=settings.padding_side)
+    loss: Loss
     if settings.loss == "lm":
-        items = text_file_items(model, settings)
+        items, loss = text_file_items(model, settings), TokenLoss(mean=True)
         record: dict[str, Any] = {"num_tokens": sum(map(len, items)), "texts": settings.texts}
     else:
-        items, prepared = question_items(model, questions, settings)
+        items, loss, prepared = question_items(model, questions, settings)
         record = prepared.record
-    return Job(engine, items, questions, settings, record)
+    return Job(GatedLoss(model, loss, settings), items, questions, settings, record)
 
 
-def mean_z(engine: Engine, items: Sequence[Item], batch_size: int) -> Base:
+def mean_z(gated: GatedLoss, items: Sequence[Encoded]) -> Base:
     """Every head's mean z over all real positions of all samples, [1, 1, head, d_head]."""
     totals: dict[int, torch.Tensor] = {}
     count = 0.0
-    for batch in batches(engine, items, batch_size):
-        z, mask = engine.z(batch)
+    for batch in gated.batches(items):
+        z, mask = gated.z(batch)
         count += float(mask.sum())
         for layer, value in z.items():
-            kept = torch.where(mask.bool()[:, :, None, None], value.to(engine.dtype), 0)
+            kept = torch.where(mask.bool()[:, :, None, None], value.to(gated.dtype), 0)
             totals[layer] = totals.get(layer, 0) + kept.sum((0, 1))
     return {layer: (total / count)[None, None] for layer, total in totals.items()}
 
 
-def corrupted_z(engine: Engine, items: Sequence[Item], others: Sequence[Item]) -> Base:
+def corrupted_z(gated: GatedLoss, items: Sequence[Encoded], others: Sequence[Encoded]) -> Base:
     """z of the other prompts where it meets the originals, both aligned at their last tokens.
 
     Positions without a counterpart keep their own z, so that nothing is patched there.
     """
-    own, mask = engine.z(items)
-    theirs, other_mask = engine.z(others)
+    own, mask = gated.z(items)
+    theirs, other_mask = gated.z(others)
     base = {layer: value.clone() for layer, value in own.items()}
     for row in range(len(items)):
         here, there = mask[row].nonzero()[:, 0], other_mask[row].nonzero()[:, 0]
@@ -125,30 +125,31 @@ def corrupted_z(engine: Engine, items: Sequence[Item], others: Sequence[Item]) -
 
 def run_methods(job: Job, methods: Sequence[str], *, progress: bool = False) -> dict[str, _Kept]:
     """Per-sample scores of the methods, in dataset order."""
-    engine, items, settings = job.engine, job.items, job.settings
+    gated, items, settings = job.gated, job.items, job.settings
     methods = [method for method in methods if method in HEAD_METHODS]
-    shape = (len(items), engine.n_layers, engine.n_heads)
+    shape = (len(items), gated.n_layers, gated.n_heads)
     kept = {method: _empty(shape) for method in methods}
     mean = None
     if "atp_mean" in methods or settings.baseline == "mean":
-        mean = mean_z(engine, items, settings.batch_size)
+        mean = mean_z(gated, items)
     others = _others(job) if "atp_corrupted" in methods else None
     bar = tqdm(total=len(items), unit="sample", disable=not progress, desc="attribute")
     place = {item.index: row for row, item in enumerate(items)}
     with bar:
-        for number, bundle in enumerate(bundles(engine, items, settings.batch_size)):
-            rows = [place[item.index] for item in bundle.items]
-            context = Context(engine, bundle, settings, mean, seed=number)
+        for number, batch in enumerate(gated.batches(items)):
+            rows = [place[item.index] for item in batch]
+            context = Context(gated, batch, settings, mean, seed=number)
             if others is not None:
-                context.corrupted = corrupted_z(engine, bundle.items, [others[r] for r in rows])
+                context.corrupted = corrupted_z(gated, batch, [others[r] for r in rows])
             for method in methods:
                 _store(kept[method], rows, HEAD_METHODS[method](context), method, job)
-            bar.update(len(bundle))
+            bar.update(len(batch))
     return kept
 
 
-def _others(job: Job) -> list[Item]:
-    return corrupted_items(job.engine.model, job.items, job.questions, job.settings)
+def _others(job: Job) -> list[Encoded]:
+    gated = job.gated
+    return corrupted_items(gated.model, job.items, gated.loss, job.questions, job.settings)
 
 
 def _empty(shape: tuple[int, ...]) -> _Kept:
@@ -188,6 +189,9 @@ def attribute(
     and `stderr` over samples, `sampling_stderr` of the mean where a method draws at random,
     `completeness_error` and `completeness_relative` per sample, `steps`. The loss is positive, so
     a useful head has a negative score, except where `useful_sign` is +1 (michel, atp_*).
+
+    1 tokens, loss and groups  2 scores of every method, batch by batch  3 rollout of tokens
+    4 means over samples, and the faults of the sums that methods promise.
     """
     settings = cast(AttributeSettings, (settings or AttributeSettings()).updated(**overrides))
     started_at, clock = results.now(), time.perf_counter()
@@ -219,7 +223,7 @@ def attribute(
 
 def _dataset(kept: dict[str, _Kept], job: Job, groups: list[str] | None) -> xr.Dataset:
     methods, n = list(kept), len(job.items)
-    shape = (0, n, job.engine.n_layers, job.engine.n_heads)
+    shape = (0, n, job.gated.n_layers, job.gated.n_heads)
     score = np.stack([k.values for k in kept.values()]) if kept else np.empty(shape)
     std = score.std(1, ddof=1) if n > 1 else np.full((len(kept), *shape[2:]), np.nan)
     noise = np.sqrt([k.noise for k in kept.values()]) / n if kept else std
@@ -294,8 +298,8 @@ def rollout_tokens(job: Job) -> list[np.ndarray]:
     """Rollout of every sample's last token over its tokens, in dataset order."""
     place = {item.index: row for row, item in enumerate(job.items)}
     found: list[Any] = [None] * len(job.items)
-    for bundle in bundles(job.engine, job.items, job.settings.batch_size):
-        for item, scores in zip(bundle.items, token_scores(job.engine, bundle), strict=True):
+    for batch in job.gated.batches(job.items):
+        for item, scores in zip(batch, token_scores(job.gated, batch), strict=True):
             found[place[item.index]] = scores.double().numpy()
     return found
 

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from tqdm.auto import tqdm
+from jaxtyping import Int
 
-from tl_headnorm.commands.attribute.gated_loss import Engine, bundles
+from tl_headnorm.commands.attribute.gated_loss import GatedLoss
 from tl_headnorm.commands.attribute.leave_one_out import without_each
-from tl_headnorm.commands.attribute.losses import Item
+from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.interventions.gates import Base
 
 # The reference runs unasked up to this many heads, in so many rounds.
@@ -24,12 +22,11 @@ def rounds_of(asked: int | None, n_heads: int) -> int:
 
 
 def greedy_order(
-    engine: Engine,
-    items: Sequence[Item],
+    gated: GatedLoss,
+    items: Sequence[Encoded],
     rounds: int,
     *,
     most: bool,
-    batch_size: int,
     base: Base | None = None,
     progress: bool = False,
 ) -> Int[np.ndarray, " n"]:
@@ -42,29 +39,15 @@ def greedy_order(
     blind to heads that stand in for each other; this is not. It is greedy all the same, so no
     proof that no better order exists.
     """
-    on = np.ones((engine.n_layers, engine.n_heads), dtype=bool)
+    on = np.ones((gated.n_layers, gated.n_heads), dtype=bool)
     order: list[int] = []
-    word = "most" if most else "least"
-    for left in tqdm(range(rounds, 0, -1), disable=not progress, desc=f"greedy, {word} first"):
-        cost = _mean_loss(engine, items, on, batch_size, base).ravel()
+    for left in range(rounds, 0, -1):
+        word = f"greedy, {'most' if most else 'least'} first, {left} rounds left"
+        losses = without_each(gated, items, on, base, word if progress else None)
+        cost = losses.mean(0).ravel()
         heads = np.flatnonzero(on)
         ranked = heads[np.argsort(-cost[heads] if most else cost[heads], kind="stable")]
         gone = ranked[: -(-len(heads) // left)]
         order += gone.tolist()
         on.ravel()[gone] = False
     return np.array(order)
-
-
-def _mean_loss(
-    engine: Engine,
-    items: Sequence[Item],
-    on: Bool[np.ndarray, "layer head"],
-    batch_size: int,
-    base: Base | None,
-) -> Float[np.ndarray, "layer head"]:
-    """Mean loss over the items with one more head off, NaN at those that are off."""
-    gates = torch.as_tensor(on, dtype=engine.dtype, device=engine.model.device)[None]
-    total = np.zeros(on.shape)
-    for bundle in bundles(engine, items, batch_size, gates, base):
-        total += without_each(engine, bundle, on, base).sum(0)
-    return total / len(items)

@@ -1,12 +1,12 @@
-"""What heads are judged by: the answer's letter, the answer's text, or the text itself."""
+"""Losses that heads are scored by: of the answer's letter, the answer's text, the text itself."""
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_headnorm.commands.attribute.settings import AttributeSettings
@@ -14,99 +14,52 @@ from tl_headnorm.data.prepare import Prepared, prepare
 from tl_headnorm.data.questions import Question
 from tl_headnorm.data.templates import text_target
 from tl_headnorm.data.texts import read_texts, windows
-from tl_headnorm.data.tokens import bos_id, common_prefix_length, token_ids
-from tl_headnorm.engine.protocol import Tail
-from tl_headnorm.engine.select import engine_of
-from tl_headnorm.measures import last_real_position
+from tl_headnorm.data.tokens import Encoded, bos_id, common_prefix_length, token_ids
+from tl_headnorm.interventions.intervention import Rows
+from tl_headnorm.interventions.metrics import Letters, Loss, Resid, log_softmax
+from tl_headnorm.model.loading import Model
 
 
 @dataclass(frozen=True)
-class Item:
-    """Tokens and what is to be predicted: one of `letter_ids`, or the tokens from `start` on."""
+class TokenLoss(Loss):
+    """-log p of the tokens from `starts[index]` on (default: the second): their sum or mean."""
 
-    index: int
-    ids: tuple[int, ...]
-    letter_ids: tuple[int, ...] = ()
-    answer: int = 0
-    start: int = 1
+    mean: bool
+    starts: Mapping[int, int] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    @property
+    def last_only(self) -> bool:
+        return False
 
+    def start(self, item: Encoded) -> int:
+        """Position of the first token that is predicted."""
+        return max(self.starts.get(item.index, 1), 1)
 
-class LetterLoss:
-    """-log p(right letter), p over the options' letters alone; only they are unembedded."""
-
-    name = "letter"
-
-    def tail(self, mask: Int[Tensor, "row pos"]) -> Tail | None:
-        return Tail(last_real_position(mask), z_everywhere=False, resid=True)
-
-    def logprobs(
-        self, tl: Any, resid: Float[Tensor, "row 1 d_model"], items: Sequence[Item]
-    ) -> Float[Tensor, "row option"]:
-        width = max(len(item.letter_ids) for item in items)
-        padded = [i.letter_ids + i.letter_ids[:1] * (width - len(i.letter_ids)) for i in items]
-        logits = engine_of(tl).token_logits(resid[:, 0], torch.tensor(padded, device=resid.device))
-        number = torch.tensor([len(i.letter_ids) for i in items], device=resid.device)
-        absent = torch.arange(width, device=resid.device) >= number[:, None]
-        return logits.masked_fill(absent, -torch.inf).log_softmax(-1)
-
-    def __call__(
-        self, tl: Any, resid: Tensor, mask: Tensor, ids: Tensor, items: Sequence[Item]
-    ) -> Float[Tensor, " row"]:
-        answers = torch.tensor([i.answer for i in items], device=resid.device)
-        return -self.logprobs(tl, resid, items).gather(1, answers[:, None])[:, 0]
-
-
-class TokenLoss:
-    """-log p of the tokens from `start` on: their sum (text) or their mean (lm)."""
-
-    def __init__(self, mean: bool) -> None:
-        self.mean, self.name = mean, "lm" if mean else "text"
-
-    def tail(self, mask: Tensor) -> Tail | None:
-        return None
-
-    def __call__(
-        self, tl: Any, resid: Tensor, mask: Tensor, ids: Tensor, items: Sequence[Item]
-    ) -> Float[Tensor, " row"]:
-        nth = mask.cumsum(1) - 1  # the place of a real token in its own text
-        starts = torch.tensor([max(i.start, 1) for i in items], device=ids.device)
-        targets = mask.bool() & (nth >= starts[:, None])
+    def loss(self, rows: Rows, resid: Resid) -> Float[Tensor, " batch"]:
+        nth = rows.mask.cumsum(1) - 1  # the place of a real token in its own text
+        starts = torch.tensor([self.start(s) for s in rows.samples], device=nth.device)
+        targets = rows.mask.bool() & (nth >= starts[:, None])
         row, at = targets.nonzero(as_tuple=True)
-        logits = engine_of(tl).logits(resid[row, at - 1][None])[0]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = -wide.log_softmax(-1).gather(1, ids[row, at][:, None])[:, 0]
-        sums = nll.new_zeros(len(ids)).index_add(0, row, nll)
+        logits = rows.model.engine.logits(resid[row, at - 1][None])[0]
+        nll = -log_softmax(logits).gather(1, rows.ids[row, at][:, None])[:, 0]
+        sums = nll.new_zeros(len(rows)).index_add(0, row, nll)
         return sums / targets.sum(1) if self.mean else sums
 
 
-Loss = LetterLoss | TokenLoss
-
-
-def make_loss(name: str) -> Loss:
-    return LetterLoss() if name == "letter" else TokenLoss(mean=name == "lm")
-
-
 def question_items(
-    model: Any, questions: Sequence[Question], settings: AttributeSettings
-) -> tuple[list[Item], Prepared]:
-    """Items of the loss letter or text, in dataset order, and what to record of the prompts."""
+    model: Model, questions: Sequence[Question], settings: AttributeSettings
+) -> tuple[list[Encoded], Loss, Prepared]:
+    """Items in dataset order, their loss (letter or text), and what to record of the prompts."""
     auto = "cloze" if settings.loss == "text" else "arc_mcq_v1"
     name = auto if settings.template_name == "auto" else settings.template_name
     letters = settings.loss == "letter"
     chosen = settings.updated(template_name=name, score_answers=letters)
     prepared = prepare(model.tokenizer, model.n_ctx, questions, chosen)
     if letters:
-        items = [
-            Item(e.index, e.ids, e.letter_ids, q.answer)
-            for e, q in zip(prepared.encoded, questions, strict=True)
-        ]
-    else:
-        limit = min(settings.max_length, model.n_ctx)
-        items = _text_items(model.tokenizer, prepared, questions, settings.prepend_bos, limit)
-    return items, prepared
+        answers = {e.index: q.answer for e, q in zip(prepared.encoded, questions, strict=True)}
+        return prepared.encoded, Letters(answers), prepared
+    limit = min(settings.max_length, model.n_ctx)
+    return *_text_items(model.tokenizer, prepared, questions, settings.prepend_bos, limit), prepared
 
 
 def _text_items(
@@ -115,36 +68,36 @@ def _text_items(
     questions: Sequence[Question],
     prepend_bos: bool,
     limit: int,
-) -> list[Item]:
-    head, items = bos_id(tokenizer, prepend_bos), []
+) -> tuple[list[Encoded], TokenLoss]:
+    head, items, starts = bos_id(tokenizer, prepend_bos), [], {}
     for index, (sample, question) in enumerate(zip(prepared.samples, questions, strict=True)):
         prompt = sample.prompt_text
         bare, whole = token_ids(tokenizer, [prompt, prompt + text_target(question)])
         start = common_prefix_length(bare, whole)
         excess = max(0, len(head) + len(whole) - limit)
-        ids = tuple(head + whole[excess:])
-        items.append(Item(index, ids, start=max(1, len(head) + start - excess)))
-    return items
+        items.append(Encoded(index, tuple(head + whole[excess:])))
+        starts[index] = len(head) + start - excess
+    return items, TokenLoss(mean=False, starts=starts)
 
 
-def text_file_items(model: Any, settings: AttributeSettings) -> list[Item]:
+def text_file_items(model: Model, settings: AttributeSettings) -> list[Encoded]:
     """Windows of a text file, each with its own BOS; every token but the first is predicted."""
-    rows = windows(
+    return windows(
         read_texts(str(settings.texts)),
         model.tokenizer,
         length=min(settings.max_length, model.n_ctx),
         most=settings.max_samples if settings.max_samples > 0 else 10**9,
         prepend_bos=settings.prepend_bos,
     )
-    return [Item(row.index, row.ids) for row in rows]
 
 
 def corrupted_items(
-    model: Any,
-    items: Sequence[Item],
+    model: Model,
+    items: Sequence[Encoded],
+    loss: Loss,
     questions: Sequence[Question],
     settings: AttributeSettings,
-) -> list[Item]:
+) -> list[Encoded]:
     """Prompts that call for another answer, aligned with the originals at their ends.
 
     letter: the same options, each moved up by one letter. text, lm: the tokens before what is
@@ -152,12 +105,12 @@ def corrupted_items(
     """
     if settings.loss == "letter":
         moved = [replace(q, options=(*q.options[1:], q.options[0])) for q in questions]
-        found, _ = question_items(model, moved, settings)
-        return [replace(f, answer=i.answer) for f, i in zip(found, items, strict=True)]
+        return question_items(model, moved, settings)[0]
     generator = random.Random(settings.seed)
     shuffled = []
     for item in items:
-        end = item.start if settings.loss == "text" else len(item)
+        partly = settings.loss == "text" and isinstance(loss, TokenLoss)
+        end = loss.start(item) if partly else len(item)  # type: ignore[attr-defined]
         middle = list(item.ids[1:end])
         generator.shuffle(middle)
         shuffled.append(replace(item, ids=(item.ids[0], *middle, *item.ids[max(end, 1) :])))

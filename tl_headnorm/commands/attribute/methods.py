@@ -13,7 +13,7 @@ Cost per sample, in passes of the whole model (F forward, B backward), L layers,
 Doubling the steps runs 2K, 4K, ... more for the samples that need it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,8 +21,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from tl_headnorm.commands.attribute.gated_loss import Bundle, Engine
+from tl_headnorm.commands.attribute.gated_loss import GatedLoss
 from tl_headnorm.commands.attribute.settings import AttributeSettings
+from tl_headnorm.data.tokens import Encoded
+from tl_headnorm.interventions.cached_run import CachedRun
 from tl_headnorm.interventions.gates import Base
 
 Heads = Float[np.ndarray, "batch layer head"]
@@ -50,8 +52,8 @@ class Scores:
 class Context:
     """One batch of samples, the settings, and what several methods use."""
 
-    engine: Engine
-    bundle: Bundle
+    gated: GatedLoss
+    items: Sequence[Encoded]
     settings: AttributeSettings
     mean: Base | None = None
     corrupted: Base | None = None
@@ -59,26 +61,35 @@ class Context:
     _at_one: dict[str, Heads] = field(default_factory=dict)
     _off: dict[str, PerSample] = field(default_factory=dict)
 
+    @cached_property
+    def clean(self) -> CachedRun:
+        """The run with all gates at 1, which the other runs start from."""
+        return self.gated.clean(self.items)
+
+    @cached_property
+    def clean_loss(self) -> PerSample:
+        return self.gated.clean_loss(self.clean)
+
     @property
     def base(self) -> Base | None:
         return self.mean if self.settings.baseline == "mean" else None
 
     @property
     def rows(self) -> Int[np.ndarray, " batch"]:
-        return np.arange(len(self.bundle))
+        return np.arange(len(self.items))
 
     @property
     def layers(self) -> range:
-        return range(self.engine.n_layers)
+        return range(self.gated.n_layers)
 
     def at_one(self, kind: str) -> Heads:
         """d loss / d gate with all gates at 1, towards zero, the mean or the other prompt."""
         if kind not in self._at_one:
             base = {"zero": None, "mean": self.mean, "corrupted": self.corrupted}[kind]
             assert kind == "zero" or base is not None
-            gates = self.engine.ones(len(self.bundle))
-            self._at_one[kind] = self.engine.gradients(
-                self.bundle, self.rows, gates, self.layers, base=base
+            gates = self.gated.ones(len(self.items))
+            self._at_one[kind] = self.gated.gradients(
+                self.clean, self.rows, gates, self.layers, base=base
             )
         return self._at_one[kind]
 
@@ -87,14 +98,14 @@ class Context:
         """Loss with every gate at the path's start."""
         if self.settings.gate_start == 0:
             return self.off_loss(self.settings.baseline)
-        gates = self.engine.ones(len(self.bundle)) * self.settings.gate_start
-        return self.engine.losses(self.bundle, self.rows, gates, self.layers, base=self.base)
+        gates = self.gated.ones(len(self.items)) * self.settings.gate_start
+        return self.gated.losses(self.clean, self.rows, gates, self.layers, base=self.base)
 
     def off_loss(self, kind: str) -> PerSample:
         """Loss with every gate at 0, towards the given base."""
         if kind not in self._off:
             base = {"zero": None, "mean": self.mean, "corrupted": self.corrupted}[kind]
-            self._off[kind] = self.engine.off_losses(self.bundle, base)
+            self._off[kind] = self.gated.off_losses(self.clean, base)
         return self._off[kind]
 
     def scores(
@@ -106,9 +117,9 @@ class Context:
         scale: PerSample | None = None,
     ) -> Scores:
         """Scores whose sum should be sign * (f(1) - end)."""
-        total = sign * (self.bundle.clean - end)
+        total = sign * (self.clean_loss - end)
         if scale is None:
-            scale = np.maximum(np.abs(self.bundle.clean), np.abs(end))
+            scale = np.maximum(np.abs(self.clean_loss), np.abs(end))
         error = np.abs(values.sum((1, 2)) - total)
         return Scores(values, total, error, scale, np.full(len(total), steps))
 
@@ -167,12 +178,12 @@ def _integrate(
     start_layer: int,
 ) -> Heads:
     """Sum over steps of weight * gradient for the chosen items; steps and items share batches."""
-    engine, n_steps = context.engine, len(gates)
+    gated, n_steps = context.gated, len(gates)
     rows = np.repeat(chosen, n_steps)
-    wide = torch.as_tensor(np.tile(gates, (len(chosen), 1)), dtype=engine.dtype)
-    alphas = wide.to(engine.model.device)[:, :, None].expand(-1, -1, engine.n_heads)
-    found = engine.gradients(
-        context.bundle, rows, alphas, layers, start_layer=start_layer, base=context.base
+    wide = torch.as_tensor(np.tile(gates, (len(chosen), 1)), dtype=gated.dtype)
+    alphas = wide.to(gated.model.device)[:, :, None].expand(-1, -1, gated.n_heads)
+    found = gated.gradients(
+        context.clean, rows, alphas, layers, first=start_layer, base=context.base
     )
     parts = found.reshape(len(chosen), n_steps, *found.shape[1:])
     return np.einsum("bklh,kl->blh", parts, weights)
@@ -185,9 +196,9 @@ def _until_complete(
     scale: PerSample | None = None,
 ) -> Scores:
     """Double the steps of the samples whose sum is off by more than the tolerance."""
-    settings, n = context.settings, len(context.bundle)
+    settings, n = context.settings, len(context.items)
     steps, pending = settings.steps, np.arange(n)
-    values = np.zeros((n, context.engine.n_layers, context.engine.n_heads))
+    values = np.zeros((n, context.gated.n_layers, context.gated.n_heads))
     used = np.zeros(n, dtype=int)
     while True:
         values[pending] = integral(pending, steps)
@@ -201,7 +212,7 @@ def _until_complete(
 
 def _ig_path(layered: bool) -> Callable[[Context], Scores]:
     def integrate(context: Context) -> Scores:
-        start, n_layers = context.settings.gate_start, context.engine.n_layers
+        start, n_layers = context.settings.gate_start, context.gated.n_layers
 
         def integral(chosen: np.ndarray, steps: int) -> Heads:
             gates, weights = path_points(steps, n_layers, start, layered)
@@ -219,17 +230,17 @@ def ig_layer(context: Context) -> Scores:
     1 and 1). The error is that of the layer that is worst, relative to the largest end loss of
     any layer: a layer that does nothing has two tiny ends, whose rounding is no fault.
     """
-    settings, engine = context.settings, context.engine
-    n, start = len(context.bundle), settings.gate_start
+    settings, gated = context.settings, context.gated
+    n, start = len(context.items), settings.gate_start
     ends = np.stack([_layer_end(context, layer) for layer in context.layers])
-    scale = np.maximum(np.abs(context.bundle.clean), np.abs(ends).max(0))
-    values = np.zeros((n, engine.n_layers, engine.n_heads))
+    scale = np.maximum(np.abs(context.clean_loss), np.abs(ends).max(0))
+    values = np.zeros((n, gated.n_layers, gated.n_heads))
     error, used = np.zeros(n), np.zeros(n, dtype=int)
     for layer in context.layers:
         only = range(layer, layer + 1)
 
         def integral(chosen: np.ndarray, steps: int, only: range = only) -> Heads:
-            alphas, weights = path_points(steps, engine.n_layers, start, layered=False)
+            alphas, weights = path_points(steps, gated.n_layers, start, layered=False)
             still = np.ones_like(alphas)
             still[:, only] = alphas[:, only]
             return _integrate(context, chosen, still, weights, only, only.start)
@@ -242,10 +253,10 @@ def ig_layer(context: Context) -> Scores:
 
 def _layer_end(context: Context, layer: int) -> PerSample:
     """Loss with one layer's gates at the path's start, the others at 1."""
-    gates = context.engine.ones(len(context.bundle))
+    gates = context.gated.ones(len(context.items))
     gates[:, layer] = context.settings.gate_start
-    return context.engine.losses(
-        context.bundle, context.rows, gates, [layer], start_layer=layer, base=context.base
+    return context.gated.losses(
+        context.clean, context.rows, gates, [layer], first=layer, base=context.base
     )
 
 

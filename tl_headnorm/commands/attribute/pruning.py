@@ -9,15 +9,14 @@ import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
-from tqdm.auto import tqdm
 
 from tl_headnorm.commands.attribute.attribute import Job, importance, mean_z, run_methods
-from tl_headnorm.commands.attribute.gated_loss import Engine, bundles
+from tl_headnorm.commands.attribute.gated_loss import GatedLoss
 from tl_headnorm.commands.attribute.greedy import greedy_order, rounds_of
-from tl_headnorm.commands.attribute.losses import Item
 from tl_headnorm.commands.attribute.stability import correlations
+from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
-from tl_headnorm.interventions.gates import Base
+from tl_headnorm.interventions.gates import Base, Gates
 
 LEAST, MOST, RANDOM = "least_first", "most_first", "random"
 GREEDY = "loo_greedy"
@@ -45,38 +44,31 @@ def numbers_pruned(n_heads: int, points: int) -> Int[np.ndarray, " point"]:
 
 
 def prune(
-    engine: Engine,
-    items: Sequence[Item],
+    gated: GatedLoss,
+    items: Sequence[Encoded],
     orders: Mapping[Curve, Int[np.ndarray, " n"]],
     numbers: Int[np.ndarray, " point"],
     *,
-    batch_size: int,
     base: Base | None = None,
     progress: bool = False,
 ) -> dict[str, Float[np.ndarray, "curve point sample"]]:
-    """Loss and correctness of every sample at every point of every order."""
-    shape = (len(orders), len(numbers), len(items))
-    out = {"loss": np.empty(shape), "correct": np.empty(shape)}
-    place = {item.index: row for row, item in enumerate(items)}
-    known: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-    bar = tqdm(total=len(items), unit="sample", disable=not progress, desc="prune")
-    with bar:
-        for bundle in bundles(engine, items, batch_size):
-            known.clear()
-            rows = [place[item.index] for item in bundle.items]
-            for c, order in enumerate(orders.values()):
-                for p, number in enumerate(numbers):
-                    gates = engine.ones(1)
-                    gates.view(-1)[torch.as_tensor(order[:number].copy())] = 0
-                    key = gates.bool().cpu().numpy().tobytes()
-                    if key not in known:  # nothing and everything pruned are the same in all
-                        known[key] = engine.predicted(bundle, gates, base)
-                    loss, chosen = known[key]
-                    out["loss"][c, p, rows] = loss
-                    answers = [item.answer for item in bundle.items]
-                    out["correct"][c, p, rows] = chosen == answers
-            bar.update(len(bundle))
-    return out
+    """Loss and correctness of every sample at every point of every order.
+
+    The same set of heads is run once, whatever order it came from.
+    """
+    sets: dict[bytes, Gates] = {}
+    keys = []
+    for order in orders.values():
+        for number in numbers:
+            on = np.ones(gated.n_layers * gated.n_heads, dtype=bool)
+            on[order[:number]] = False
+            keys.append(key := on.tobytes())
+            gates = torch.from_numpy(on).to(gated.model.device, gated.dtype)
+            sets.setdefault(key, Gates(f"{number} off", gates.view(gated.n_layers, -1), base))
+    values = gated.run(items, list(sets.values()), progress="prune" if progress else None)
+    row_of = {key: row for row, key in enumerate(sets, 1)}
+    rows = np.array([row_of[key] for key in keys]).reshape(len(orders), len(numbers))
+    return {name: values[name][rows] for name in ("loss", "correct")}
 
 
 def area(curve: Float[np.ndarray, "*rest point"], numbers: np.ndarray) -> Any:
@@ -142,7 +134,7 @@ def rank_correlations(
     return pd.DataFrame(matrix, index=list(importance), columns=list(importance))
 
 
-def halves(items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
+def halves(items: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
     """Rows that give the order, and rows it is measured on: every other one."""
     if len(items) < 4:
         raise InputError(
@@ -154,17 +146,16 @@ def halves(items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reference_orders(
-    job: Job, items: Sequence[Item], base: Base | None, *, progress: bool
+    job: Job, items: Sequence[Encoded], base: Base | None, *, progress: bool
 ) -> dict[Curve, Int[np.ndarray, " n"]]:
     """Sequential leave-one-out in both directions, where it is asked for or cheap enough."""
-    settings, engine = job.settings, job.engine
-    rounds = rounds_of(settings.greedy, engine.n_layers * engine.n_heads)
+    gated = job.gated
+    rounds = rounds_of(job.settings.greedy, gated.n_layers * gated.n_heads)
     if rounds == 0:
         return {}
     return {
         (GREEDY, order): greedy_order(
-            engine, items, rounds, most=order == MOST,
-            batch_size=settings.batch_size, base=base, progress=progress,
+            gated, items, rounds, most=order == MOST, base=base, progress=progress
         )
         for order in (LEAST, MOST)
     }  # fmt: skip
@@ -176,7 +167,7 @@ def validate_scores(job: Job, run: xr.Dataset, *, progress: bool = False) -> dic
     Every other sample ranks the heads, the rest measure: an order is not judged by the samples
     it was made from. Returns the tables `curves` and `areas`, and `importance` per method.
     """
-    settings, engine = job.settings, job.engine
+    settings, gated = job.settings, job.gated
     ranking, measuring = halves(job.items)
     maps = importance(run.isel(sample=ranking).assign(mean=run["score"][:, ranking].mean("sample")))
     ranked = [job.items[i] for i in ranking]
@@ -185,15 +176,12 @@ def validate_scores(job: Job, run: xr.Dataset, *, progress: bool = False) -> dic
         maps["loo"] = -run_methods(half, ["loo"])["loo"].values.mean(0)
     base = None
     if settings.baseline == "mean":
-        base = mean_z(engine, ranked, settings.batch_size)
+        base = mean_z(gated, ranked)
     orders = pruning_orders(maps, settings.random_orders, settings.seed)
     orders |= reference_orders(job, ranked, base, progress=progress)
-    numbers = numbers_pruned(engine.n_layers * engine.n_heads, settings.pruning_points)
+    numbers = numbers_pruned(gated.n_layers * gated.n_heads, settings.pruning_points)
     held_out = [job.items[i] for i in measuring]
-    found = prune(
-        engine, held_out, orders, numbers,
-        batch_size=settings.batch_size, base=base, progress=progress,
-    )  # fmt: skip
+    found = prune(gated, held_out, orders, numbers, base=base, progress=progress)
     curves = list(orders)
     return {
         "curves": curves_table(found, curves, numbers),

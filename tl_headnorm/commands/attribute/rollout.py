@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_headnorm.commands.attribute.gated_loss import Bundle, Engine
-from tl_headnorm.interventions.gates import patterns
+from tl_headnorm.commands.attribute.gated_loss import GatedLoss
+from tl_headnorm.data.tokens import Encoded
+from tl_headnorm.interventions.patterns import read_patterns
 
 
 def rollout(
@@ -28,12 +29,11 @@ def rollout(
     return joint
 
 
-@torch.no_grad()
-def token_scores(engine: Engine, bundle: Bundle) -> list[Float[Tensor, " token"]]:
+def token_scores(gated: GatedLoss, items: Sequence[Encoded]) -> list[Float[Tensor, " token"]]:
     """The last real token's row for every item, over its own tokens."""
-    wide = [a.to(engine.dtype) for a in patterns(engine.model.tl, bundle.ids, bundle.mask)]
-    joint = rollout(wide, bundle.mask)
-    out = []
-    for row, real in zip(joint, bundle.mask.bool(), strict=True):
-        out.append(row[real.nonzero()[-1, 0]][real].cpu())
-    return out
+    rows, found = gated.rows(items), dict[int, Tensor]()
+    layers = range(gated.n_layers)
+    read_patterns(gated.model.engine, rows.ids, rows.mask, layers, found.__setitem__)
+    joint = rollout([found[layer].to(gated.dtype) for layer in layers], rows.mask)
+    real = rows.mask.bool()
+    return [joint[i, last][real[i]].cpu() for i, last in enumerate(rows.last.tolist())]

@@ -15,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_headnorm.commands.attribute.attribute import Job, run_methods
-from tl_headnorm.commands.attribute.gated_loss import Engine
-from tl_headnorm.commands.attribute.losses import Item, LetterLoss
+from tl_headnorm.commands.attribute.gated_loss import GatedLoss
 from tl_headnorm.commands.attribute.methods import quadrature
 from tl_headnorm.commands.attribute.settings import AttributeSettings
 from tl_headnorm.commands.bench.contenders import Bench, Contender, Run, copied_model
@@ -125,17 +124,15 @@ def loop_over_heads(loss: Callable[[Gates], Tensor], ones: Gates) -> Gates:
 
 
 def _our_integral(bench: Bench) -> Run:
-    engine = Engine(bench.model, LetterLoss())
     settings = AttributeSettings(
         methods=("ig_joint",), steps=STEPS, max_steps=STEPS, batch_size=bench.settings.batch_size
     )
 
     def run(samples: Sequence[Encoded]) -> dict[str, np.ndarray]:
         lettered, answers = answered(bench, samples)
-        items = [
-            Item(s.index, s.ids, s.letter_ids, a) for s, a in zip(lettered, answers, strict=True)
-        ]
-        found = run_methods(Job(engine, items, [], settings), ("ig_joint",))
+        right = {s.index: a for s, a in zip(lettered, answers, strict=True)}
+        gated = GatedLoss(bench.model, Letters(right), settings)
+        found = run_methods(Job(gated, lettered, [], settings), ("ig_joint",))
         return {"ig_joint": found["ig_joint"].values}
 
     return run
