@@ -9,32 +9,37 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tl_headnorm.commands.attribute.attribute import Job, mean_z, run_methods
-from tl_headnorm.commands.attribute.gated_loss import Engine
+from tl_headnorm.commands.attribute.gated_loss import GatedLoss
 from tl_headnorm.commands.attribute.greedy import greedy_order, rounds_of
 from tl_headnorm.commands.attribute.leave_one_out import without_each
-from tl_headnorm.commands.attribute.losses import Item, LetterLoss, TokenLoss
+from tl_headnorm.commands.attribute.losses import TokenLoss
 from tl_headnorm.commands.attribute.methods import quadrature
 from tl_headnorm.commands.attribute.settings import METHODS, AttributeSettings
-from tl_headnorm.engine.select import engine_of
+from tl_headnorm.data.tokens import Encoded
+from tl_headnorm.interventions.metrics import Letters, Loss
 
 HEAD_METHODS = tuple(m for m in METHODS if m != "rollout")
 TOWARDS_ZERO = ("grad_x_act", "ig_joint", "ig_path", "ig_layer", "loo", "shapley")
 TOKENS = [1, 5, 3, 11, 8, 2, 13, 4, 9]
 
 
-class LogitLoss(LetterLoss):
+class LogitLoss(Loss):
     """A weighted sum of the letters' logits: linear in what the model writes."""
 
     def __init__(self, *weights):
         self.weights = torch.tensor(weights or (1.0,), dtype=torch.float64)
 
-    def __call__(self, tl, resid, mask, ids, items):
-        letters = torch.tensor([i.letter_ids[: len(self.weights)] for i in items])
+    def loss(self, rows, resid):
+        tl = rows.model.tl
+        letters = torch.tensor([s.letter_ids[: len(self.weights)] for s in rows.samples])
         return (tl.unembed(tl.ln_final(resid))[:, 0].gather(1, letters) * self.weights).sum(1)
 
 
+LETTERS = Letters([0, 1, 2, 3])
+
+
 def items(*lengths):
-    return [Item(i, tuple(TOKENS[:n]), (2, 5, 7, 11), i % 4, n - 1) for i, n in enumerate(lengths)]
+    return [Encoded(i, tuple(TOKENS[:n]), letter_ids=(2, 5, 7, 11)) for i, n in enumerate(lengths)]
 
 
 def job(tl, chosen=None, loss=None, **fields):
@@ -42,11 +47,8 @@ def job(tl, chosen=None, loss=None, **fields):
     settings = AttributeSettings(**fields)
     if not hasattr(tl, "ln_final"):  # a model without norms has none at all
         tl.ln_final = torch.nn.Identity()
-    engine = Engine(
-        as_model(tl), loss or LogitLoss(), bound=settings.max_batch_tokens,
-        side=settings.padding_side,
-    )  # fmt: skip
-    return Job(engine, list(chosen or items(9, 6)), [], settings)
+    gated = GatedLoss(as_model(tl), loss or LogitLoss(), settings)
+    return Job(gated, list(chosen or items(9, 6)), [], settings)
 
 
 def scores(tl, chosen=None, loss=None, methods=HEAD_METHODS, **fields):
@@ -120,7 +122,7 @@ def test_sequential_leave_one_out_sees_heads_that_stand_in_for_each_other():
     work = job(tl, loss=LogitLoss(-1.0))
 
     def order(rounds, most):
-        return greedy_order(work.engine, work.items, rounds, most=most, batch_size=1).tolist()
+        return greedy_order(work.gated, work.items, rounds, most=most).tolist()
 
     assert order(3, most=False) == [0, 2, 1]  # the last of the pair goes last
     assert order(3, most=True) == [2, 0, 1]
@@ -132,23 +134,23 @@ def test_sequential_leave_one_out_sees_heads_that_stand_in_for_each_other():
     assert rounds_of(99, 32) == 32
 
 
-@pytest.mark.parametrize("loss", [LetterLoss(), TokenLoss(mean=False)], ids=["letter", "text"])
+@pytest.mark.parametrize(
+    "loss", [LETTERS, TokenLoss(mean=False, starts={0: 8, 1: 5})], ids=["letter", "text"]
+)
 def test_one_more_head_off_is_a_whole_forward_with_those_heads_off(loss):
     """Starting behind a layer's attention changes nothing, whichever heads are off already."""
     tl, chosen = nonlinear(), items(9, 6)
     work = job(tl, chosen, loss)
     on = np.array([[True, False, True], [True, True, False]])
-    gates = torch.as_tensor(on, dtype=torch.float64)[None]
-    bundle = work.engine.bundle(chosen, gates)
-    found = without_each(work.engine, bundle, on, None)
+    found = without_each(work.gated, chosen, on, None)
     assert np.isnan(found[:, ~on]).all()
     for row, item in enumerate(chosen):
         for layer, head in np.argwhere(on):
             off = [(0, 1), (1, 2), (int(layer), int(head))]
-            with engine_of(tl).zero_heads(off):
+            with work.gated.model.engine.zero_heads(off):
                 logits = tl(torch.tensor([item.ids]))[0]
-            if isinstance(loss, LetterLoss):
-                truth = -logits[-1, list(item.letter_ids)].log_softmax(0)[item.answer]
+            if isinstance(loss, Letters):
+                truth = -logits[-1, list(item.letter_ids)].log_softmax(0)[item.index]
             else:
                 truth = -logits.log_softmax(-1)[-2, item.ids[-1]]
             assert found[row, layer, head] == pytest.approx(float(truth), abs=1e-12)
@@ -156,20 +158,19 @@ def test_one_more_head_off_is_a_whole_forward_with_those_heads_off(loss):
 
 @pytest.mark.parametrize("baseline", ["zero", "mean"])
 def test_all_heads_off_needs_one_position(baseline):
-    work = job(nonlinear(), items(9, 6, 3), LetterLoss())
-    bundle = work.engine.bundle(work.items)
-    base = mean_z(work.engine, work.items, 3) if baseline == "mean" else None
-    off = work.engine.ones(3) * 0
-    whole = work.engine.losses(bundle, np.arange(3), off, range(2), base=base)
+    work = job(nonlinear(), items(9, 6, 3), LETTERS)
+    gated, clean = work.gated, work.gated.clean(work.items)
+    base = mean_z(gated, work.items) if baseline == "mean" else None
+    whole = gated.losses(clean, np.arange(3), gated.ones(3) * 0, range(2), base=base)
     widths = []
     point = [("blocks.0.hook_resid_pre", lambda resid, hook: widths.append(resid.shape[1]))]
-    with work.engine.model.tl.hooks(fwd_hooks=point):
-        found = work.engine.off_losses(bundle, base)
+    with gated.model.tl.hooks(fwd_hooks=point):
+        found = gated.off_losses(clean, base)
     np.testing.assert_allclose(found, whole, atol=1e-12)
     assert widths == [1]
     by_position = {layer: z.expand(3, 9, -1, -1) for layer, z in base.items()} if base else None
     if by_position:  # not the same everywhere, for all it knows: all positions are run
-        np.testing.assert_allclose(work.engine.off_losses(bundle, by_position), whole, atol=1e-12)
+        np.testing.assert_allclose(gated.off_losses(clean, by_position), whole, atol=1e-12)
 
 
 def test_and_across_layers_is_counted_twice_by_the_per_layer_integral():
@@ -214,11 +215,11 @@ def induction_model(sharpness=40.0):
 
 def test_induction_pair_gradient_misses_the_saturated_head():
     tl = induction_model()
-    prompt = [Item(0, (0, 1, 2, 3, 4, 1), (1, 2, 3, 4, 5), 1)]  # ... 1 2 ... 1 -> 2
+    prompt = [Encoded(0, (0, 1, 2, 3, 4, 1), letter_ids=(1, 2, 3, 4, 5))]  # ... 1 2 ... 1 -> 2
     _, cache = tl.run_with_cache(torch.tensor([prompt[0].ids]))
     pattern = cache["blocks.0.attn.hook_pattern"][0, 0]
     assert (pattern.diagonal(-1) > 1 - 1e-12).all()
-    found, kept = scores(tl, prompt, LetterLoss())
+    found, kept = scores(tl, prompt, Letters([1]))
     pair = {method: value[0, :, 0] for method, value in found.items()}
     assert pair["loo"].max() < -0.5  # either one breaks the copy
     for method in ("grad_x_act", "michel", "atp_zero"):
@@ -251,11 +252,11 @@ def nonlinear(**fields):
 
 def test_integrals_complete_when_steps_double():
     tl = nonlinear()
-    _, kept = scores(tl, items(9, 6, 3, 5), LetterLoss())
+    _, kept = scores(tl, items(9, 6, 3, 5), LETTERS)
     for method in ("ig_joint", "ig_path", "ig_layer", "shapley"):
         assert kept[method].error.max() < 1e-6, method
     assert kept["ig_joint"].steps.max() > 8  # eight were not enough
-    _, kept = scores(tl, None, LetterLoss(), ("ig_joint",), max_steps=8)
+    _, kept = scores(tl, None, LETTERS, ("ig_joint",), max_steps=8)
     assert kept["ig_joint"].error.max() > 1e-6
     assert (kept["ig_joint"].steps == 8).all()
 
@@ -275,13 +276,13 @@ def test_trapezoid_with_wrong_weights_never_converges():
 def test_padding_and_batching_change_nothing(method):
     tl, lengths = nonlinear(), (9, 6, 3, 5)
     same = {"steps": 8, "max_steps": 8}
-    alone, _ = scores(tl, items(*lengths), LetterLoss(), (method,), batch_size=1, **same)
+    alone, _ = scores(tl, items(*lengths), LETTERS, (method,), batch_size=1, **same)
     if method in ("shapley", "atp_mean"):  # one batch: permutations are drawn per batch
-        alone, _ = scores(tl, items(*lengths), LetterLoss(), (method,), batch_size=4, **same)
+        alone, _ = scores(tl, items(*lengths), LETTERS, (method,), batch_size=4, **same)
     for side in ("left", "right"):
         size = 4 if method == "shapley" else 3
         found, _ = scores(
-            tl, items(*lengths), LetterLoss(), (method,), padding_side=side, batch_size=size, **same
+            tl, items(*lengths), LETTERS, (method,), padding_side=side, batch_size=size, **same
         )
         np.testing.assert_allclose(found[method], alone[method], atol=1e-12)
 
@@ -290,15 +291,15 @@ def test_no_pass_is_larger_than_max_batch_tokens():
     tl, fields = nonlinear(), {"steps": 8, "max_steps": 8, "shapley_pairs": 1}
     sizes = []
     point = [("blocks.1.hook_resid_pre", lambda resid, hook: sizes.append(resid[..., 0].numel()))]
-    free, _ = scores(tl, items(9, 6, 3), LetterLoss(), **fields)
+    free, _ = scores(tl, items(9, 6, 3), LETTERS, **fields)
     with tl.hooks(fwd_hooks=point):
-        found, _ = scores(tl, items(9, 6, 3), LetterLoss(), max_batch_tokens=20, **fields)
+        found, _ = scores(tl, items(9, 6, 3), LETTERS, max_batch_tokens=20, **fields)
     assert max(sizes) <= 20
     for method in set(HEAD_METHODS) - {"shapley"}:  # whose permutations are drawn per batch
         np.testing.assert_allclose(found[method], free[method], atol=1e-12)
     sizes.clear()
     with tl.hooks(fwd_hooks=point):  # the rival: all steps of all items at once
-        scores(tl, items(9, 6, 3), LetterLoss(), ("ig_joint",), **fields)
+        scores(tl, items(9, 6, 3), LETTERS, ("ig_joint",), **fields)
     assert max(sizes) > 100
 
 
@@ -306,16 +307,16 @@ def test_joint_integral_equals_captum():
     from captum.attr import IntegratedGradients
 
     tl, chosen = nonlinear(), items(9)
-    work = job(tl, chosen, LetterLoss())
-    bundle = work.engine.bundle(chosen)
+    work = job(tl, chosen, LETTERS)
+    clean = work.gated.clean(chosen)
 
     def forward(gates):
         rows = np.zeros(len(gates), dtype=int)
-        return work.engine._pass(bundle, rows, gates, range(2), 0, None)
+        return work.gated._pass(clean, rows, gates, range(2), 0, None)
 
-    start = work.engine.ones(1).requires_grad_()
+    start = work.gated.ones(1).requires_grad_()
     theirs = IntegratedGradients(forward).attribute(start, n_steps=16, method="gausslegendre")
-    ours, _ = scores(tl, chosen, LetterLoss(), ("ig_joint",), steps=16, max_steps=16)
+    ours, _ = scores(tl, chosen, LETTERS, ("ig_joint",), steps=16, max_steps=16)
     np.testing.assert_allclose(ours["ig_joint"], theirs.detach().numpy(), atol=1e-12)
 
 
@@ -324,7 +325,7 @@ def test_no_graph_below_the_first_gate_and_frozen_weights():
     tl.requires_grad_(True)
     work = job(tl)
     assert not any(p.requires_grad for p in tl.parameters())
-    bundle = work.engine.bundle(work.items)
+    gated, clean = work.gated, work.gated.clean(work.items)
     seen = {}
 
     def watch(resid, hook):
@@ -332,23 +333,23 @@ def test_no_graph_below_the_first_gate_and_frozen_weights():
 
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(2)]
     with tl.hooks(fwd_hooks=[(name, watch) for name in names]):
-        work.engine.gradients(bundle, np.arange(2), work.engine.ones(2), [1])
+        gated.gradients(clean, np.arange(2), gated.ones(2), [1])
         # Layer 0's attention is the clean pass's: the pass begins behind it.
         assert seen == {names[1]: False}
-        work.engine.gradients(bundle, np.arange(2), work.engine.ones(2), [0])
+        gated.gradients(clean, np.arange(2), gated.ones(2), [0])
     assert seen == {names[1]: True}
 
 
 def test_token_losses_against_plain_log_softmax():
     tl = nonlinear()
-    chosen = [Item(0, tuple(TOKENS), start=4), Item(1, tuple(TOKENS[:5]), start=2)]
+    chosen, starts = items(9, 5), (4, 2)
     for mean in (False, True):
         for side in ("left", "right"):
-            work = job(tl, chosen, TokenLoss(mean), padding_side=side)
-            found = work.engine.bundle(chosen).clean
-            for item, value in zip(chosen, found, strict=True):
+            work = job(tl, chosen, TokenLoss(mean, dict(enumerate(starts))), padding_side=side)
+            found = work.gated.clean_loss(work.gated.clean(chosen))
+            for item, start, value in zip(chosen, starts, found, strict=True):
                 logp = tl(torch.tensor([item.ids]))[0].log_softmax(-1)
-                at = [-logp[i - 1, item.ids[i]].item() for i in range(item.start, len(item))]
+                at = [-logp[i - 1, item.ids[i]].item() for i in range(start, len(item))]
                 assert value == pytest.approx(np.mean(at) if mean else np.sum(at), rel=1e-12)
 
 
@@ -363,7 +364,7 @@ SEEDS = st.integers(0, 10_000)
 def test_shapley_efficiency_is_exact_at_any_number_of_samples(seed, pairs, players):
     tl = nonlinear(seed=seed)
     fields = {"shapley_pairs": pairs, "shapley_players": players, "seed": seed}
-    _, kept = scores(tl, None, LetterLoss(), ("shapley",), **fields)
+    _, kept = scores(tl, None, LETTERS, ("shapley",), **fields)
     assert kept["shapley"].error.max() < 1e-12
 
 
@@ -372,7 +373,7 @@ def test_shapley_efficiency_is_exact_at_any_number_of_samples(seed, pairs, playe
 def test_shapley_null_head_gets_nothing(seed):
     tl = nonlinear(seed=seed)
     tl.blocks[0].attn.W_O[1] = 0
-    found, _ = scores(tl, None, LetterLoss(), ("shapley",), shapley_pairs=1, seed=seed)
+    found, _ = scores(tl, None, LETTERS, ("shapley",), shapley_pairs=1, seed=seed)
     assert np.abs(found["shapley"][:, 0, 1]).max() < 1e-14
     assert np.abs(found["shapley"][:, 1]).min() > 0
 
@@ -406,7 +407,7 @@ def test_shapley_linearity(seed, weight):
 def test_shapley_standard_error_tells_the_sampling_noise():
     tl = nonlinear(seed=3)
     draws = [
-        scores(tl, None, LetterLoss(), ("shapley",), shapley_pairs=4, seed=s)[1]["shapley"]
+        scores(tl, None, LETTERS, ("shapley",), shapley_pairs=4, seed=s)[1]["shapley"]
         for s in range(12)
     ]
     spread = np.std([d.values.mean(0) for d in draws], axis=0, ddof=1)
@@ -414,5 +415,5 @@ def test_shapley_standard_error_tells_the_sampling_noise():
     assert spread.max() > 1e-3
     ratio = told[spread > 1e-4] / spread[spread > 1e-4]
     assert 0.5 < np.median(ratio) < 2
-    one = scores(tl, None, LetterLoss(), ("shapley",), shapley_pairs=1)[1]["shapley"]
+    one = scores(tl, None, LETTERS, ("shapley",), shapley_pairs=1)[1]["shapley"]
     assert np.isnan(one.noise).all()
