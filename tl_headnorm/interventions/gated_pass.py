@@ -36,6 +36,10 @@ class Rule(Intervention):
         return 0
 
     @property
+    def kind(self) -> str:
+        return f"rule of {self.measure.name}"
+
+    @property
     def everywhere(self) -> bool:
         return How(measures=(self.measure,)).everywhere
 

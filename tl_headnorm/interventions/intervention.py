@@ -82,6 +82,11 @@ class Intervention(ABC):
         """The first layer that it changes; None where it changes nothing."""
 
     @property
+    def kind(self) -> str:
+        """Interventions of one kind hook the same points, so that they run well in one pass."""
+        return type(self).__name__
+
+    @property
     def everywhere(self) -> bool:
         """Whether its hooks read z of the last layer at all positions, not at the last one."""
         return False

@@ -129,15 +129,15 @@ def plan(
     chained: bool = False,
 ) -> list[Unit]:
     """Batches of similar length, and for each the stacks of runs that fit into `most` tokens."""
-    by_start: dict[int | None, list[int]] = defaultdict(list, {None: [0]})
-    for number, intervention in enumerate(interventions, 1):
-        by_start[intervention.first_layer].append(number)
+    stackable: dict[tuple[int | None, str], list[int]] = defaultdict(list, {(None, ""): [0]})
+    for number, one in enumerate(interventions, 1):
+        stackable[one.first_layer, "" if one.first_layer is None else one.kind].append(number)
     units: list[Unit] = []
     for batch in plan_batches(Group(tuple(samples), 0), settings.batch_size, most):
         width = max(1, most // (len(batch) * max(map(len, batch))))
         stacks = [tuple(range(1 + len(interventions)))]
         if not chained:
-            stacks = [s for runs in by_start.values() for s in _cut(runs, width)]
+            stacks = [s for runs in stackable.values() for s in _cut(runs, width)]
         units += [Unit(len(units) + i, batch, runs) for i, runs in enumerate(stacks)]
     return units
 
