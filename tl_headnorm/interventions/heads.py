@@ -1,4 +1,4 @@
-"""Which heads and layers are meant: `3.0-4,5.*`, a file, `top:8` of a run's statistic."""
+"""Sets of heads and layers: `3.0-4,5.*`, or a file; rankings.py has `top:8` of a run."""
 
 import json
 import re
@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from tl_headnorm.errors import InputError, first_line, nearest
+from tl_headnorm.errors import InputError, first_line
 
 Heads = tuple[tuple[int, int], ...]
 _HEADS = re.compile(r"([0-9]{1,9})\.(?:([0-9]{1,9})(?:-([0-9]{1,9}))?|(\*))")
-_RANKED = re.compile(r"(top|bottom):([0-9]{1,9})")
 _HELP = "L.H, L.H-H, L.*, a file, all, sweep, none, top:K or bottom:K"
 
 
@@ -118,39 +114,6 @@ def _checked(heads: set[tuple[int, int]], n_layers: int, n_heads: int) -> Heads:
                 f"{n_heads - 1}, found {layer}.{head}"
             )
     return tuple(sorted(heads))
-
-
-def is_ranked(text: str) -> bool:
-    """Whether it is `top:K` or `bottom:K`."""
-    return _RANKED.fullmatch(text) is not None
-
-
-def ranked_heads(text: str, run: str | Path | None, statistic: str) -> Heads:
-    """The K largest or smallest heads of a column of a run directory's heads.parquet."""
-    match = _RANKED.fullmatch(text)
-    assert match is not None
-    if run is None:
-        raise InputError(f"run: expected a run directory to rank heads by for {text}, found none")
-    path = Path(run).expanduser() / "heads.parquet"
-    try:
-        table = pd.read_parquet(path)
-    except Exception as error:  # pyarrow raises of every kind on a damaged file
-        raise InputError(
-            f"run: expected a run directory with heads.parquet, found {run} ({first_line(error)})"
-        ) from None
-    columns = [str(c) for c in table.columns if c not in ("layer", "head")]
-    if statistic not in columns:
-        raise InputError(
-            f"statistic: expected one of {', '.join(columns)}, found {statistic!r}"
-            f"{nearest(statistic, columns)}"
-        )
-    count = int(match[2])
-    if not 1 <= count <= len(table):
-        raise InputError(f"heads: expected a number from 1 to {len(table)}, found {text!r}")
-    values = table[statistic].to_numpy(np.float64)
-    order = np.argsort(values if match[1] == "bottom" else -values, kind="stable")[:count]
-    chosen = table.iloc[order]
-    return tuple(sorted(zip(chosen["layer"].tolist(), chosen["head"].tolist(), strict=True)))
 
 
 def as_file(heads: Heads) -> dict[str, list[int]]:

@@ -194,7 +194,8 @@ class _Runs:
     def _values(self, samples: tuple[Encoded, ...], runs: tuple[int, ...]) -> Values:
         clean = self._clean(samples)
         if self.chained:
-            return _joined([self._advanced(clean, number) for number in runs], 0)
+            resid = clean.resid
+            return _joined([self._advanced(clean, number, resid) for number in runs], 0)
         chosen = [self._intervention(number) for number in runs]
         first = None if chosen[0] is None else chosen[0].first_layer
         rows = [clean.rows.under(v, clean.rows.found) for v in chosen]
@@ -227,13 +228,13 @@ class _Runs:
         self.cached = samples, made
         return made
 
-    def _advanced(self, state: CachedRun, number: int) -> Values:
+    def _advanced(self, state: CachedRun, number: int, clean: Tensor) -> Values:
         """The values of a run that starts from the one before it."""
         intervention = self._intervention(number)
         rows = state.rows.under(intervention, state.rows.found)
         if intervention is not None and intervention.first_layer is not None:
             state.advance(self._hooks(rows), intervention.first_layer)
-        return self._measured([rows], [state.resid], state.resid)
+        return self._measured([rows], [state.resid], clean)
 
     def _measured(
         self, rows: Sequence[Rows], resid: Sequence[Tensor] | Tensor, clean: Tensor

@@ -18,14 +18,13 @@ from tl_headnorm.interventions.edits import Ablation
 from tl_headnorm.interventions.heads import (
     Heads,
     all_heads,
-    is_ranked,
     label,
     parse_heads,
     parse_layers,
-    ranked_heads,
 )
 from tl_headnorm.interventions.intervention import Rows
 from tl_headnorm.interventions.metrics import Letters, Metric, NextTokens, Profile
+from tl_headnorm.interventions.rankings import is_ranked, ranked_heads
 from tl_headnorm.interventions.replacements import Reference, gather_reference
 from tl_headnorm.interventions.runner import Values, run
 from tl_headnorm.model.loading import Model
@@ -90,14 +89,8 @@ def _head_sets(
         whole = len(layers) == n_layers
         return [("all heads" if whole else f"all heads of layers {settings.layers}", every)]
     if is_ranked(text):
-        heads = ranked_heads(text, settings.run, settings.statistic)
-        beyond = [f"{la}.{h}" for la, h in heads if la >= n_layers or h >= n_heads]
-        if beyond:
-            raise InputError(
-                f"run: expected a run of a model with {n_layers} layers and {n_heads} heads, "
-                f"found head {beyond[0]} in {settings.run}"
-            )
-        return [(f"{text} by {settings.statistic}", heads)]
+        files, statistic = ("heads.parquet",), settings.statistic
+        return [ranked_heads(text, settings.run, statistic, n_layers, n_heads, files)]
     heads = parse_heads(text, n_layers, n_heads)
     return [(label(heads), heads)]
 

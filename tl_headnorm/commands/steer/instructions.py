@@ -1,29 +1,24 @@
 """Does it follow the instruction? Answers written plainly, steered, and with texts forced in."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from tl_headnorm.commands.steer.prompts import Ready
 from tl_headnorm.commands.steer.settings import SteerSettings
+from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names
+from tl_headnorm.engine.protocol import Hook
 from tl_headnorm.interventions.constrained_decoding import MustInclude
 from tl_headnorm.interventions.generation import Generated, Step, eos_ids, generate
-from tl_headnorm.interventions.intervention import Hook
-from tl_headnorm.interventions.steering import (
-    Steering,
-    boosts_of,
-    span_mask,
-    steer_hooks,
-    weight_on,
-)
+from tl_headnorm.interventions.intervention import Rows
+from tl_headnorm.interventions.steering import Steering, weight_on
 from tl_headnorm.model.loading import Model
 from tl_headnorm.stats import wilson
 
@@ -100,52 +95,34 @@ def write_answers(
     return found
 
 
-def left_padded(ready: Sequence[Ready]) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Ids and mask with every prompt's last token in the last place."""
-    width = max(len(one.tokens) for one in ready)
-    ids = torch.zeros(len(ready), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, one in enumerate(ready):
-        ids[row, width - len(one.tokens) :] = torch.tensor(one.tokens.ids)
-        mask[row, width - len(one.tokens) :] = 1
-    return ids, mask
-
-
 def _write(
     model: Model, rows: Sequence[tuple[Ready, int]], way: Way, settings: SteerSettings
 ) -> list[Answer]:
     ready = [one for one, _ in rows]
-    ids, mask = (t.to(model.device) for t in left_padded(ready))
-    span = span_mask([one.span for one in ready], mask)
-    watch = KeywordWatch(way.steering, span)
-    hooks = [*watch.hooks()]
-    if way.steering.first_layer is not None:
-        info = model.info
-        table = boosts_of(way.steering, info.n_layers, info.n_heads)
-        last = torch.full((len(rows),), ids.shape[1] - 1, device=model.device)
-        first = last if settings.queries == "last" else None
-        hooks = [*steer_hooks(table, span, first), *hooks]
+    samples = [Encoded(i, one.tokens.ids) for i, one in enumerate(ready)]
+    batch = Rows.pad(model, samples, "left")
+    spans = {i: one.span for i, one in enumerate(ready)}
+    steering = replace(way.steering, spans=spans, queries=settings.queries)
+    watch = KeywordWatch(steering, steering.span(batch))
+    hooks = [] if steering.first_layer is None else steering.hooks(batch)
     written = generate(
-        model, ids, mask, max_new_tokens=settings.generate, temperature=settings.temperature,
-        seed=[seed for _, seed in rows], hooks=hooks,
-        on_step=_constraint(model, ready, ids.shape[1], settings) if way.constrained else None,
+        model, batch.ids, batch.mask, max_new_tokens=settings.generate,
+        temperature=settings.temperature, seed=[seed for _, seed in rows],
+        hooks=[*hooks, *watch.hooks()],
+        on_step=_constraint(batch, ready, settings) if way.constrained else None,
     )  # fmt: skip
     return _answers(model, rows, way, written, watch.weights())
 
 
 def _constraint(
-    model: Model, ready: Sequence[Ready], n_prompt: int, settings: SteerSettings
-) -> Any:
+    batch: Rows, ready: Sequence[Ready], settings: SteerSettings
+) -> Callable[[Step], Tensor]:
     processor = MustInclude(
-        model.tokenizer, [list(one.prompt.must_include) for one in ready],
-        prompt_length=n_prompt, max_new_tokens=settings.generate, eos=eos_ids(model),
-        least=settings.must_include_least,
+        batch.model.tokenizer, [list(one.prompt.must_include) for one in ready],
+        prompt_length=batch.ids.shape[1], max_new_tokens=settings.generate,
+        eos=eos_ids(batch.model), least=settings.must_include_least,
     )  # fmt: skip
-
-    def on_step(step: Step) -> Tensor:
-        return processor(step.ids, step.logits)
-
-    return on_step
+    return lambda step: processor(step.ids, step.logits)
 
 
 class KeywordWatch:
