@@ -334,8 +334,12 @@ def test_memory_is_bounded_by_what_is_asked(stories):
     np.testing.assert_allclose(few.means["all heads"], whole.means["all heads"], atol=1e-3)
     np.testing.assert_array_equal(few.thumbnails, whole.thumbnails)
     without = look(stories, tokens, Wanted(layers, keep_mb=2.5 * one))
-    least = whole.run["first_token"].to_series().sort_values().index[:2]
-    assert sorted(without.kept) == sorted(least)
+    most = [whole.run[name].to_series().idxmax() for name in ("first_token", "previous_token")]
+    assert sorted(without.kept) == sorted(most)
+    induction = {"induction": torch.zeros(5, 8)}
+    induction["induction"][3, 6] = 1
+    named = look(stories, tokens, Wanted(layers, keep_mb=5.5 * one), scores=induction)
+    assert (3, 6) in named.kept
     assert not look(stories, tokens, Wanted(layers, keep_mb=0.0)).kept
     chosen = look(stories, tokens, Wanted(layers, heads=((1, 2), (3, 0)), keep_mb=2 * one))
     assert list(chosen.kept) == [(1, 2), (3, 0)]

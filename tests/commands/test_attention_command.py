@@ -16,7 +16,7 @@ from tl_headnorm.commands.attention import plots as figures
 from tl_headnorm.commands.attention.distraction import insert
 from tl_headnorm.commands.attention.generation import write
 from tl_headnorm.commands.attention.keywords import find_keyword
-from tl_headnorm.commands.attention.patterns import Wanted, look
+from tl_headnorm.commands.attention.patterns import Wanted, foremost, look
 from tl_headnorm.data.lines import text_or_file
 from tl_headnorm.data.prompts import read_prompts
 from tl_headnorm.data.spans import encode_text
@@ -74,6 +74,19 @@ def test_the_page_holds_what_was_found(stories):
     assert text.count("</body>") == 1
     assert "&lt;script&gt;alert(&#39;x&#39;)" in text
     assert "http" not in text.replace(NASTY, "")
+
+
+def test_the_page_is_bounded(stories, monkeypatch):
+    """The foremost heads and the means; every head by its last row and thumbnail."""
+    tokens = encode_text(stories.tokenizer, STORY)
+    found = look(stories, tokens, Wanted((0, 2)))
+    n = len(tokens)
+    monkeypatch.setattr(page, "MOST_BYTES", n * (n + 1) * (len(found.means) + 3))
+    data = page.page_data(found)
+    assert sorted(set(data["names"]) - set(found.means)) == sorted(
+        f"{layer}.{head}" for layer, head in foremost(found.run)[:3]
+    )
+    assert unpacked(data["last_rows"], "<u2").size == 16 * n
 
 
 def test_nothing_in_the_script_writes_html():

@@ -163,9 +163,10 @@ class _One:
 
     def look(self, wanted: Wanted) -> Look:
         subject = self.subject
-        found = look(self.model, subject.tokens, wanted, self.keywords, self.queries, self.factors)
-        for name, grid in self.repeated[0].items():
-            found.run[name] = ("layer", "head"), grid.numpy()
+        found = look(
+            self.model, subject.tokens, wanted, self.keywords, self.queries, self.factors,
+            self.repeated[0],
+        )  # fmt: skip
         found.run.attrs["uniform"] |= self.repeated[1]
         if self.keywords:
             self.tables["focus"] = focus_table(found.run["focus"])
@@ -234,17 +235,18 @@ class _One:
         maps = [
             page.score_map(name, grid, None, "distraction", signed=True) for name, grid in changes
         ]
-        sizes = found.run.sizes
+        data, sizes = page.page_data(found, self.writing, maps), found.run.sizes
         about = f"prompt {self.subject.id} · {sizes['layer']} layers × {sizes['head']} heads"
-        if found.left_out:
+        n_whole = len(set(data["names"]) - set(found.means))
+        if n_whole < sizes["layer"] * sizes["head"]:
             about += (
-                f" · {len(found.kept)} heads whole, {found.left_out} as thumbnails only (ask for "
-                "others with --heads, or raise --keep_mb)"
+                f" · {n_whole} heads whole on this page, the others as thumbnails; "
+                f"{len(found.kept)} in patterns.npz (--heads chooses, --keep_mb bounds them)"
             )
         said = summary.keyword_sentences(found.run, self.keywords) if self.keywords else ""
         return page.page(
-            page.page_data(found, self.writing, maps), title=title, about=about,
-            keywords=said, written=self.writing.text if self.writing else "",
+            data, title=title, about=about, keywords=said,
+            written=self.writing.text if self.writing else "",
             answers=summary.answers(self.cases) if self.cases else (),
         )  # fmt: skip
 

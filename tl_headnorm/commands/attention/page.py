@@ -1,4 +1,4 @@
-"""The page of one prompt's attention: self-contained HTML, patterns packed into it. No torch."""
+"""The page of one prompt's attention: self-contained HTML, patterns packed into it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from tl_headnorm.commands.attention.patterns import foremost
 from tl_headnorm.plots.page import packed
 from tl_headnorm.plots.templates import render, script_json
 
@@ -20,6 +21,7 @@ LABELS = {
 }
 FULL = 65535  # a weight of 1
 RANKED = 12
+MOST_BYTES = 6_000_000  # of patterns, before they are deflated: 3 to 4 MB of page at most
 
 
 def as_shares(array: np.ndarray) -> np.ndarray:
@@ -94,13 +96,16 @@ def keyword_entries(run: xr.Dataset, keywords: Sequence[Any]) -> list[dict[str, 
 def page_data(found: Any, writing: Any = None, distraction: Sequence[Any] = ()) -> dict[str, Any]:
     """Everything the page's script reads. `found` is a Look, `writing` a Writing."""
     run, n = found.run, len(found.labels)
-    patterns = {f"{layer}.{head}": p for (layer, head), p in found.kept.items()} | found.means
+    room = int(MOST_BYTES // (n * (n + 1))) - len(found.means)
+    whole = [pair for pair in foremost(run) if pair in found.kept][: max(1, room)]
+    patterns = {f"{layer}.{head}": found.kept[layer, head] for layer, head in sorted(whole)}
+    patterns |= found.means
     data = {
         "labels": list(found.labels),
         "pieces": list(_pieces(found.labels)),
         "layers": [int(i) for i in run["layer"].values],
         "n_heads": run.sizes["head"],
-        "start": list(_foremost(found)),
+        "start": list(whole[0]) if whole else [int(run["layer"].values[0]), 0],
         "side": found.thumbnails.shape[-1],
         "step": -(-n // found.thumbnails.shape[-1]),
         "thumbs": packed(found.thumbnails.tobytes()),
@@ -133,16 +138,6 @@ def _pieces(labels: Sequence[str]) -> list[str]:
         split = number.isdecimal() and of.isdecimal() and text.strip() and int(of) > 1
         pieces.append(label if not split else text if number == "1" else "‧")
     return pieces
-
-
-def _foremost(found: Any) -> tuple[int, int]:
-    """The head shown first: the one with most weight on the first keyword, or the first kept."""
-    run = found.run
-    if "focus" in run:
-        grid = run["focus"].isel(keyword=0).mean("query").values
-        layer, head = np.unravel_index(int(np.nanargmax(grid)), grid.shape)
-        return int(run["layer"].values[layer]), int(head)
-    return next(iter(found.kept), (int(run["layer"].values[0]), 0))
 
 
 def page(

@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_headnorm.commands.attention.keywords import Keyword, focus_reader, uniform_weight
 from tl_headnorm.commands.attention.scores import (
     OF_PROMPT,
+    SCORES,
     distance_profile,
     prompt_scores,
     uniform_pattern,
@@ -71,12 +72,13 @@ def look(
     keywords: Sequence[Keyword] = (),
     queries: Sequence[int] = (),
     factors: Mapping[int, Tensor] | None = None,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> Look:
-    """One pass; a second one where not every head fits and the best are to be kept.
+    """One pass; a second one where not every head fits, for the patterns of the foremost heads.
 
-    The best: those with the most weight on the first keyword, or without keywords the least on
-    the first token. Memory is bounded by `keep_mb` and one layer's pattern. Raises InputError
-    where the heads asked for do not fit.
+    `scores` are more scores [layer, head], such as those on repeated tokens; see `foremost`.
+    Memory is bounded by `keep_mb` and one layer's pattern. Raises InputError where the heads
+    asked for do not fit.
     """
     room, with_means = check(model, tokens, wanted)
     every = all_heads(wanted.layers, model.info.n_heads)
@@ -86,9 +88,10 @@ def look(
     found = reader.finish()
     added = contributions(model, tokens, wanted.layers, factors)
     found.run["contribution"] = ("layer", "head"), added
+    for name, grid in (scores or {}).items():
+        found.run[name] = ("layer", "head"), grid.numpy()
     if wanted.heads is None and not chosen and room > 0:
-        best = sorted(_best(found)[:room])
-        found.kept = patterns_of(model, tokens, best)
+        found.kept = patterns_of(model, tokens, sorted(foremost(found.run)[:room]))
     return found
 
 
@@ -169,15 +172,19 @@ def _half(pattern: Tensor) -> Float[np.ndarray, "q k"]:
     return pattern.float().cpu().numpy().astype(np.float16)
 
 
-def _best(found: Look) -> list[tuple[int, int]]:
-    """Heads by what is asked about, best first."""
-    if "focus" in found.run:
-        grid = found.run["focus"].isel(keyword=0).mean("query").values
+def foremost(run: xr.Dataset) -> list[tuple[int, int]]:
+    """Heads by weight on the first keyword, else in turn the first by each score of the summary."""
+    if "focus" in run:
+        grids = [run["focus"].isel(keyword=0).mean("query").values]
     else:
-        grid = -found.run["first_token"].values
-    layers = found.run["layer"].values
-    order = np.argsort(-np.nan_to_num(grid, nan=-np.inf), axis=None, kind="stable")
-    return [(int(layers[i // grid.shape[1]]), int(i % grid.shape[1])) for i in order]
+        scores = {name: run[name].values for name in SCORES if name in run}
+        grids = [-grid if name == "entropy" else grid for name, grid in scores.items()]
+    orders = [
+        np.argsort(-np.nan_to_num(grid, nan=-np.inf), axis=None, kind="stable") for grid in grids
+    ]
+    layers, n_heads = run["layer"].values, run.sizes["head"]
+    ranked = dict.fromkeys(int(i) for turn in zip(*orders, strict=True) for i in turn)
+    return [(int(layers[i // n_heads]), i % n_heads) for i in ranked]
 
 
 class _Reader:
