@@ -239,10 +239,23 @@ def load_questions(
     folder = None if data_dir is None else str(data_dir)
     part, parts = parse_shard(shard) or (1, 1)
     source = DATASETS[dataset](folder, split)
+    records = _usable(source.records, set(n_options), on_bad_record) if max_samples else ()
+    items, skipped, count = _shard(records, part, parts, max_samples)
+    if not items:
+        raise _no_question(source.path, count, +skipped, n_options, shard)
+    return Questions(
+        tuple(items), dict(+skipped), dataset, split, source.path, source.sha256(), folder,
+        shard, range(part - 1, count, parts),
+    )  # fmt: skip
+
+
+def _shard(
+    records: Iterable[Question | str], part: int, parts: int, most: int
+) -> tuple[list[Question], Counter[str], int]:
+    """(questions of the part, records skipped before each by reason, questions of all parts)."""
     items: list[Question] = []
     skipped: Counter[str] = Counter()
     count = 0
-    records = _usable(source.records, set(n_options), on_bad_record) if max_samples else ()
     for found in records:
         mine = count % parts == part - 1
         if isinstance(found, str):
@@ -251,14 +264,9 @@ def load_questions(
         if mine:
             items.append(found)
         count += 1
-        if count == max_samples:
+        if count == most:
             break
-    if not items:
-        raise _no_question(source.path, count, +skipped, n_options, shard)
-    return Questions(
-        tuple(items), dict(+skipped), dataset, split, source.path, source.sha256(), folder,
-        shard, range(part - 1, count, parts),
-    )  # fmt: skip
+    return items, skipped, count
 
 
 def _no_question(

@@ -127,11 +127,9 @@ def jinja_template(source: str) -> Template:
         pairs = list(zip(question.letters, question.options, strict=True))
         try:
             return compiled.render(
-                question=question.stem,
-                options=pairs,
-                letters=list(question.letters),
+                question=question.stem, options=pairs, letters=list(question.letters),
                 letters_in_words=letters_in_words(question.letters),
-            )
+            )  # fmt: skip
         except Exception as error:  # a template can raise anything at all
             raise InputError(
                 f"template: could not be rendered ({first_line(error)}); it may use question, "

@@ -117,35 +117,22 @@ def load_model(
     With `self_check` the model is compared with Hugging Face's own forward on a probe before it
     is returned. Raises InputError with one line on whatever is wrong.
     """
-    if engine not in ENGINES:
-        raise InputError(
-            f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}"
-            f"{nearest(engine, ENGINES)}"
-        )
     spread = isinstance(device_map, dict) or device_map in SPREADS
+    _check_engine(engine, device_map, spread)
     file = None
-    if spread and engine == "hooked":
-        raise InputError(
-            "device_map: expected one device for HookedTransformer, found "
-            f"{device_map!r}; use --engine bridge, or --device_map cuda"
-        )
     if hf_model is None:
         if source is None:
             raise InputError("model_path: expected a hub id or a directory, found nothing")
         path, torch_dtype = builtin(str(source)), resolve_dtype(dtype)
-        placed: Any = device_map if spread else resolve_device(str(device_map))
-        if not spread:
-            check_dtype(torch_dtype, placed)
-        loaded = load_pretrained(
-            path,
-            torch_dtype,
-            trust_remote_code,
-            revision,
-            placed if spread else None,
+        device = None if spread else resolve_device(str(device_map))
+        if device is not None:
+            check_dtype(torch_dtype, device)
+        hf_model, own = load_pretrained(
+            path, torch_dtype, trust_remote_code, revision, device_map if spread else None,
             pickled_weights,
-        )
-        hf_model = loaded[0] if spread else loaded[0].to(placed)
-        tokenizer = tokenizer if tokenizer is not None else loaded[1]
+        )  # fmt: skip
+        hf_model = hf_model if device is None else hf_model.to(device)
+        tokenizer = own if tokenizer is None else tokenizer
         file = gguf_record(path) if is_gguf(path) else None
     check_not_quantized(hf_model.config, hf_model)
     check_placement(hf_model)
@@ -163,6 +150,19 @@ def load_model(
 
         check_model(model)
     return model
+
+
+def _check_engine(engine: str, device_map: str | dict[str, Any], spread: bool) -> None:
+    if engine not in ENGINES:
+        raise InputError(
+            f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}"
+            f"{nearest(engine, ENGINES)}"
+        )
+    if spread and engine == "hooked":
+        raise InputError(
+            "device_map: expected one device for HookedTransformer, found "
+            f"{device_map!r}; use --engine bridge, or --device_map cuda"
+        )
 
 
 def check_placement(hf_model: Any) -> None:

@@ -1,7 +1,7 @@
 """From a hub id, a directory or a GGUF file to a model and tokenizer, or one clear line."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,8 @@ def load_pretrained(
     common = {
         "local_files_only": local or os.environ.get("HF_HUB_OFFLINE") == "1",
         "trust_remote_code": trust_remote_code,
-        "revision": revision,
+        **({} if revision is None else {"revision": revision}),
     }
-    if revision is None:
-        del common["revision"]
     where = str(Path(source).expanduser()) if local else source
     config = _reading(source, "config", lambda: AutoConfig.from_pretrained(where, **common))
     _check_architecture(config, source)
@@ -74,48 +72,50 @@ def load_pretrained(
             **common,
         ),
     )
-    _check_sizes(source, report["mismatched_keys"])
-    _check_tensors(source, report["missing_keys"], report["unexpected_keys"])
+    _check_tensors(source, report)
     tokenizer = _reading(
         source, "tokenizer", lambda: AutoTokenizer.from_pretrained(where, **common)
     )
-    known, rows = tokenizer.vocab_size, model.get_input_embeddings().weight.shape[0]
-    if known > rows:
-        raise InputError(
-            f"model_path: expected a tokenizer of at most the embedding's {rows} tokens in "
-            f"{source}, found {known}; it is another model's"
-        )
+    _check_vocabulary(source, model, tokenizer)
     return model, tokenizer
 
 
-def _check_sizes(source: str, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
-    """Refuse tensors of other sizes than the config says."""
-    wrong = [f"{name} {tuple(a)} instead of {tuple(b)}" for name, a, b in sorted(mismatched)]
+def _check_tensors(source: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights of other sizes than the config's, missing ones, and ones that would not run.
+
+    Buffers that older checkpoints hold, and the model computes itself, pass.
+    """
+    wrong = [
+        f"{name} {tuple(a)} instead of {tuple(b)}"
+        for name, a, b in sorted(report["mismatched_keys"])
+    ]
     if wrong:
         raise InputError(
             f"model_path: expected tensors of the sizes in the config of {source}, found "
             f"{len(wrong)} other ({', '.join(wrong[:2])}); mend config.json, or load the weights "
             "it belongs to"
         )
-
-
-def _check_tensors(source: str, missing: Iterable[str], extra: Iterable[str]) -> None:
-    """Refuse weights that lack something, or hold something that would not run.
-
-    Buffers that older checkpoints hold, and the model makes itself, are let pass.
-    """
-    missing = sorted(missing)
+    missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
             f"model_path: expected all tensors of the architecture in {source}, found "
             f"{len(missing)} missing ({', '.join(missing[:3])})"
         )
-    unknown = sorted(key for key in extra if not key.endswith(BUFFERS))
+    unknown = sorted(key for key in report["unexpected_keys"] if not key.endswith(BUFFERS))
     if unknown:
         raise InputError(
             f"model_path: expected no tensors but the architecture's in {source}, found "
             f"{len(unknown)} more ({', '.join(unknown[:3])}), which would not be run; mend "
             "config.json, or save the model anew"
+        )
+
+
+def _check_vocabulary(source: str, model: Any, tokenizer: Any) -> None:
+    known, rows = tokenizer.vocab_size, model.get_input_embeddings().weight.shape[0]
+    if known > rows:
+        raise InputError(
+            f"model_path: expected a tokenizer of at most the embedding's {rows} tokens in "
+            f"{source}, found {known}; it is another model's"
         )
 
 

@@ -209,23 +209,23 @@ def validate(
         progress=progress,
     )
     per_sample, of_means = TOLERANCE[model.info.dtype]
-    report: dict[str, Any] = {
+    measures = {
+        name: _compare_measure(run[name].values[: len(chosen)].astype(np.float64), reference[name])
+        for name in names
+    }
+    worst = max(entry["per_sample"]["worst_relative"] for entry in measures.values())
+    means = [entry["mean"]["worst_relative"] for entry in measures.values()]
+    return {
         "n_samples": len(chosen),
         "dtype": model.info.dtype,
         "tolerance": {"per_sample": per_sample, "mean": of_means},
-        "measures": {},
+        "measures": measures,
+        "worst_relative": worst,
+        "passed": all(
+            entry["per_sample"]["worst_relative"] <= per_sample for entry in measures.values()
+        )
+        and all(mean <= of_means for mean in means),
     }
-    for name in names:
-        ours, theirs = run[name].values[: len(chosen)].astype(np.float64), reference[name]
-        report["measures"][name] = _compare_measure(ours, theirs)
-    entries = report["measures"].values()
-    report["worst_relative"] = max(entry["per_sample"]["worst_relative"] for entry in entries)
-    report["passed"] = all(
-        entry["per_sample"]["worst_relative"] <= per_sample
-        and entry["mean"]["worst_relative"] <= of_means
-        for entry in entries
-    )
-    return report
 
 
 def _compare_measure(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
