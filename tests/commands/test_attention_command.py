@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 from conftest import question_record, write_jsonl
 
-from tl_headnorm.commands.attention import page
-from tl_headnorm.commands.attention import plots as figures
+from tl_headnorm.commands.attention import page, plots
 from tl_headnorm.commands.attention.distraction import insert
 from tl_headnorm.commands.attention.generation import write
 from tl_headnorm.commands.attention.keywords import find_keyword
@@ -22,7 +21,10 @@ from tl_headnorm.data.prompts import read_prompts
 from tl_headnorm.data.spans import encode_text
 from tl_headnorm.errors import InputError
 from tl_headnorm.model.loading import load_model
+from tl_headnorm.plots import plotly
+from tl_headnorm.plots.png import png
 from tl_headnorm.plots.templates import asset
+from tl_headnorm.plots.text import families, token_label
 
 STORY = "Once upon a time there was a little dog. The dog liked the park. He saw a cat and"
 NASTY = "a <script>alert('x')</script> & $x_1$ </body> 🙂 气候变化"
@@ -96,29 +98,31 @@ def test_nothing_in_the_script_writes_html():
 
 
 def test_labels_that_any_font_can_write():
-    assert figures.printable(" the") == "·the"
-    assert figures.printable("a\nb") == "a↵b"
-    assert figures.printable("  ") == "··"
-    assert figures.printable("extraordinarily") == "extraordinari…"
-    emoji = figures.printable("🙂 1/4")
+    assert token_label(" the") == "·the"
+    assert token_label("a\nb") == "a↵b"
+    assert token_label("  ") == "··"
+    assert token_label("extraordinarily") == "extraordinari…"
+    emoji = token_label("🙂 1/4")
     assert emoji in ("🙂 1/4", "U+1F642 1/4")
-    assert "DejaVu Sans" in figures.families()
+    assert "DejaVu Sans" in families()
 
 
-def test_pictures_of_any_script(stories, tmp_path):
+def test_pictures_of_any_script(stories):
     """Warnings are errors here: a glyph that is missing would be one."""
     tokens = encode_text(stories.tokenizer, NASTY)
     words = [find_keyword(stories, tokens, text) for text in ("$x_1$", "气候")]
     found = look(stories, tokens, Wanted((0, 2)), words, [len(tokens) - 1])
-    figures.save_grid(found, tmp_path / "a.png", NASTY)
-    figures.save_pattern(found.kept[2, 5], found.labels, tmp_path / "b.png", "$x_1$ {")
-    figures.save_scores(found.run, tmp_path / "c.png", "气")
-    figures.save_focus(found.run, tmp_path / "d.png", "t")
     writing = write(stories, tokens, ((0, 1), (2, 2)), max_new_tokens=3)
-    figures.save_writing(writing, tmp_path / "e.png", "t")
-    figures.save_changes([("$a$ 🙂", np.zeros((2, 8)))], [0, 2], tmp_path / "f.png", "t")
-    for name in "abcdef":
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    for figure in (
+        plots.all_heads(found, NASTY),
+        plots.pattern(found.kept[2, 5], found.labels, "$x_1$ {", NASTY),
+        plots.scores(found.run, "气"),
+        plots.keywords(found.run, "t"),
+        plots.generation(writing, "t"),
+        plots.changes([("$a$ 🙂", np.zeros((2, 8)))], [0, 2], "t"),
+    ):
+        assert png(figure)[:4] == b"\x89PNG"
+        assert plotly.draw(figure).data
 
 
 @pytest.fixture(scope="module")

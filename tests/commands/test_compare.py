@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats as scipy_stats
 
 from tl_headnorm import collect, load_model, load_questions
-from tl_headnorm.commands.compare import plots as figures
+from tl_headnorm.commands.compare import plots
 from tl_headnorm.commands.compare.compare import (
     common_samples,
     compare,
@@ -26,6 +26,8 @@ from tl_headnorm.commands.compare.compare import (
 )
 from tl_headnorm.commands.compare.settings import CompareSettings
 from tl_headnorm.errors import InputError
+from tl_headnorm.plots import plotly
+from tl_headnorm.plots.png import png
 from tl_headnorm.run.results import load_run, measures_of
 from tl_headnorm.stats import Moments
 
@@ -375,8 +377,9 @@ def test_a_missing_layer_is_no_data():
     p = scipy_stats.ttest_rel(without[1], without[0], axis=0).pvalue.ravel()
     q = scipy_stats.false_discovery_control(p)
     np.testing.assert_allclose(found["q"].values[[0, 2]].ravel(), q, rtol=1e-8)
-    figures.to_png(compare(a_run({NORM: a}), a_run({NORM: norms(1)})), NORM, pd.DataFrame(
-        columns=["mean_a", "mean_b", "layer", "head"]), 0.05)  # fmt: skip
+    nothing = pd.DataFrame(columns=["mean_a", "mean_b", "layer", "head"])
+    found = compare(a_run({NORM: a}), a_run({NORM: norms(1)}))
+    assert png(plots.figure(found, NORM, nothing, 0.05)).startswith(b"\x89PNG")
 
 
 def test_the_same_change_everywhere():
@@ -400,14 +403,13 @@ def test_values_of_both_signs_have_no_ratio():
     rows = movers(low, SIGNED, 4, 0.05)
     assert (abs(rows["difference"]).diff().dropna() <= 0).all()
     assert len(rows) == 4
-    assert len(figures.to_figure(low, SIGNED, rows, 0.05).layout.annotations) == 2
+    assert len(plots.figure(low, SIGNED, rows, 0.05).panels) == 2
 
 
 def test_colours_are_centred_at_no_change():
     found = compare(a_run({NORM: norms(0)}), a_run({NORM: norms(1)}))
-    maps = [
-        t for t in figures.to_figure(found, NORM, table(found), 0.05).data if t.type == "heatmap"
-    ]
+    figure = plotly.draw(plots.figure(found, NORM, table(found), 0.05))
+    maps = [trace for trace in figure.data if trace.type == "heatmap"]
     assert len(maps) == 2
     for trace in maps:
         assert trace.zmin == -trace.zmax < 0

@@ -8,9 +8,12 @@ import pytest
 import xarray as xr
 from conftest import question_record, write_jsonl
 
-from tl_headnorm.commands.attribute import plots
+from tl_headnorm.plots import page as pages
+from tl_headnorm.plots import plotly
 from tl_headnorm.plots.heatmaps import heatmap, heatmap_png
-from tl_headnorm.plots.text import in_picture, on_page
+from tl_headnorm.plots.panel import Figure, Heatmap, Panel, Series, Surface
+from tl_headnorm.plots.png import png
+from tl_headnorm.plots.text import on_page
 
 # A directory's name holds no slash; mathematics that matplotlib cannot set, and an unclosed tag.
 NAME = "<img src=x onerror=alert(1)> <b>$\\frac{$ {{7*7}} %{x}"
@@ -95,14 +98,14 @@ def made(run_cli, hostile_flags):
 
 
 def check_pages(folder):
-    pages = list(folder.rglob("*.html"))
-    assert pages
-    for page in pages:
+    found = list(folder.rglob("*.html"))
+    assert found
+    for page in found:
         text = page.read_text(encoding="utf-8")
         faults, tags = live(text)
         assert faults == [], page.name
         assert not {"img", "svg"} & {t for t in tags if f"<{t} src=x" in text}, page.name
-    return pages
+    return found
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -131,34 +134,43 @@ def array(title):
 @pytest.mark.parametrize("title", [NAME, TEXT, "$x$", "$\\nope$", "a_$b"])
 def test_a_title_is_shown_as_it_is(title):
     shown = heatmap(array(title)).layout.title.text
-    assert on_page(title) in shown
+    assert on_page(title).strip() in shown.replace("<br>", " ")
     assert "<img" not in shown
     assert heatmap_png(array(title)).startswith(b"\x89PNG")
 
 
 def test_panels_and_their_series():
-    series = plots.Series(NAME, [1, 2], [1, 2], "#000000")
-    panels = [plots.Panel(TEXT, "x", "y", z=np.ones((2, 2))),
-              plots.Panel(NAME, "x", "y", series=[series])]  # fmt: skip
-    figure = plots.to_html(plots.Section("name", NAME, panels, 2))
+    series = Series(NAME, [1, 2], [1, 2], labels=[NAME, TEXT], hover=[NAME, TEXT])
+    words = {0: NAME, 1: TEXT}
+    hover = np.full((2, 2), TEXT, object)
+    panels = [
+        Panel(TEXT, NAME, TEXT, Heatmap(np.ones((2, 2)), NAME, hover=hover), x_ticks=words),
+        Panel(NAME, TEXT, NAME, series=[series], y_ticks=words),
+        Panel(TEXT, NAME, TEXT, surface=Surface(np.ones((2, 2)), [NAME, TEXT])),
+    ]
+    described = Figure(NAME, panels, 3, TEXT)
+    figure = plotly.draw(described)
     texts = [a.text for a in figure.layout.annotations] + [figure.layout.title.text]
     texts += [trace.name or "" for trace in figure.data]
-    assert texts[:3] == [on_page(TEXT), on_page(NAME), on_page(NAME)]
-    assert not any("<" in text for text in texts)
-    assert plots.to_png(plots.Section("name", NAME, panels, 2)).startswith(b"\x89PNG")
+    assert [text.replace("<br>", " ").split() for text in texts[:3]] == [
+        on_page(name).split() for name in (TEXT, NAME, TEXT)
+    ]
+    assert live("".join(texts).replace("<br>", " "))[1] == ["sub"]
+    assert live(pages.page(NAME, {TEXT: figure}, TEXT))[0] == []
+    assert png(described).startswith(b"\x89PNG")
 
 
 def test_matplotlib_would_have_read_mathematics():
     """The rival: the name as it is stops the drawing."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
     def draw(text):
-        figure = Figure()
+        figure = Canvas()
         FigureCanvasAgg(figure)
         figure.suptitle(text)
         figure.canvas.draw()
 
     with pytest.raises(ValueError, match=r"Expected \\frac"):
         draw("$\\frac{$")
-    draw(in_picture("$\\frac{$"))
+    assert png(Figure("$\\frac{$", [Panel("$\\frac{$", "$\\nope$")])).startswith(b"\x89PNG")

@@ -10,7 +10,8 @@ import plotly.graph_objects as go
 import pytest
 import xarray as xr
 
-from tl_headnorm.plots.heatmaps import heatmap, heatmap_png, save_heatmap, tick_step
+from tl_headnorm.plots.heatmaps import heatmap, heatmap_png, save_heatmap
+from tl_headnorm.plots.panel import tick_step
 
 LAYERS, HEADS = 3, 5
 
@@ -89,8 +90,9 @@ def test_cells_without_data():
     assert trace.text[1][2] == "layer 1, head 2<br>no data"
     assert trace.hoverongaps
     assert trace.text[2][4].endswith("rank 1 of 14")
-    assert [note.text for note in figure.layout.annotations] == ["grey: no data"]
-    assert not heatmap(array()).layout.annotations
+    assert figure.layout.xaxis.title.text == "head (grey: no data)"
+    assert [shape.fillcolor for shape in figure.layout.shapes] == ["#d0d0d0"]
+    assert not heatmap(array()).layout.shapes
     (empty,) = heatmap(array(np.full((LAYERS, HEADS), np.nan))).data
     assert {text.split("<br>")[1] for row in empty.text for text in row} == {"no data"}
 

@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm.commands.ablate import ablate
-from tl_headnorm.commands.ablate import plots as figures_ablation
+from tl_headnorm.commands.ablate import ablate, plots
 from tl_headnorm.commands.ablate.settings import AblateSettings
 from tl_headnorm.commands.ablate.summary import summary
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.texts import Texts, windows
 from tl_headnorm.model.loading import Model
+from tl_headnorm.plots.panel import group_size
+from tl_headnorm.plots.save import save_all
 from tl_headnorm.run.files import write_json, write_text
 from tl_headnorm.run.loading import run_dir, say
 from tl_headnorm.run.study import open_study, record, save_npz, save_table, text_length
@@ -78,9 +79,8 @@ def _ablate(settings: AblateSettings, path: Path) -> None:
     if settings.profile:
         save_table(profile_table(main), path / "profile.parquet")
     title = f"{Path(model.info.source).name} · n={main.sizes['sample']:,}"
-    for column in ("accuracy_drop", "loss_delta"):
-        figures_ablation.save_sweep(table, column, path / f"sweep_{column}", title)
-        figures_ablation.save_sets(table, column, path / f"sets_{column}", title)
+    groups = group_size(model.info.n_key_value_heads, model.info.n_heads)
+    save_all(plots.figures(table, title, groups), path)
     num_tokens = int(main["n_tokens"].sum())
     meta = record(model, settings, texts, prepared, started, num_tokens, len(table)) | {
         "num_processed": main.sizes["sample"],

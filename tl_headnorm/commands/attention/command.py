@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_headnorm.commands.attention import distraction, page, summary
-from tl_headnorm.commands.attention import plots as figures
+from tl_headnorm.commands.attention import distraction, page, plots, summary
 from tl_headnorm.commands.attention.generation import Writing, write
 from tl_headnorm.commands.attention.inputs import Subject, open_subjects
 from tl_headnorm.commands.attention.keywords import (
@@ -28,6 +27,7 @@ from tl_headnorm.interventions.generation import check_room
 from tl_headnorm.interventions.heads import Heads, all_heads, parse_heads, parse_layers
 from tl_headnorm.measures.measurer import Factors, factors_of
 from tl_headnorm.model.loading import Model
+from tl_headnorm.plots.save import save_png
 from tl_headnorm.run.files import write_json, write_text, write_with
 from tl_headnorm.run.loading import run_dir, say
 from tl_headnorm.run.study import record, save_table
@@ -212,23 +212,22 @@ class _One:
         """patterns.npz, the page and the pictures."""
         title = f"{Path(self.model.info.source).name} · {len(self.subject.tokens)} tokens"
         _save_npz(_arrays(found), folder / "patterns.npz")
-        figures.save_grid(found, folder / "heads.png", title)
-        figures.save_scores(found.run, folder / "scores.png", title)
-        (layer, head), labels = _foremost(found, kept=True)[0], found.labels
+        figures = {"heads": plots.all_heads(found, title), "scores": plots.scores(found.run, title)}
+        layer, head = _foremost(found, kept=True)[0]
         if (layer, head) in found.kept:
-            figures.save_pattern(
-                found.kept[layer, head], labels, folder / f"head_{layer}.{head}.png",
-                f"head {layer}.{head} · {title}",
-            )  # fmt: skip
+            name, weights = f"{layer}.{head}", found.kept[layer, head]
+            figures[f"head_{name}"] = plots.pattern(weights, found.labels, f"Head {name}", title)
         if self.keywords:
-            figures.save_focus(found.run, folder / "focus.png", title)
+            figures["focus"] = plots.keywords(found.run, title)
         changes = self.changes() if self.cases else []
         layers = [int(i) for i in found.run["layer"].values]
         if changes:
-            figures.save_changes(changes, layers, folder / "distraction.png", f"change · {title}")
+            figures["distraction"] = plots.changes(changes, layers, title)
         if self.writing is not None:
-            figures.save_writing(self.writing, folder / "generation.png", title)
+            figures["generation"] = plots.generation(self.writing, title)
             _save_npz(_steps(self.writing), folder / "generation.npz")
+        for name, figure in figures.items():
+            save_png(figure, folder / f"{name}.png")
         write_text(folder / "attention.html", self._page(found, changes, title))
 
     def _page(self, found: Look, changes: Sequence[tuple[str, np.ndarray]], title: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm.commands.attribute import plots as figures
+from tl_headnorm.commands.attribute import plots
 from tl_headnorm.commands.attribute.attribute import attribute, importance, open_job
 from tl_headnorm.commands.attribute.groups import compare_groups
 from tl_headnorm.commands.attribute.pruning import rank_correlations, validate_scores
@@ -20,11 +20,13 @@ from tl_headnorm.commands.attribute.summary import stability_section, summary
 from tl_headnorm.data.questions import DATASETS, Question, Questions
 from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.model.loading import Model
+from tl_headnorm.plots.panel import Figure, group_size
+from tl_headnorm.plots.save import save_page
 from tl_headnorm.run import results
 from tl_headnorm.run.files import write_json, write_text, write_with
 from tl_headnorm.run.loading import open_model, open_questions, run_dir, say
 
-Sections = list[figures.Section]
+Figures = dict[str, Figure]  # by file stem
 
 
 def run_attribute(settings: AttributeSettings) -> Path:
@@ -72,24 +74,24 @@ def _attribute(settings: AttributeSettings, path: Path) -> None:
     model, questions = _load(settings)
     _check_fit(norms, model)
     run = attribute(model, questions, settings)
-    sections = _save_scores(run, path)
+    figures = _save_scores(run, path)
     methods = [str(method) for method in run["method"].values]
     scores = {m: run["score"].loc[{"method": m}].values for m in methods}
     reports: dict[str, Any] = {}
     if settings.stability:
-        reports = _stability(scores, settings.seed, path, sections)
-    groups = _groups(run, scores, settings, path, sections) if _grouped(settings) else {}
+        reports = _stability(scores, settings.seed, path, figures)
+    groups = _groups(run, scores, settings, path, figures) if _grouped(settings) else {}
     validation = None
     maps = importance(run)
     if settings.validate:
         validation = validate_scores(open_job(model, questions, settings), run, progress=True)
-        sections.append(_save_validation(validation, run, path))
+        figures["pruning"] = _save_validation(validation, run, path)
         maps = validation["importance"]
-    ranks = _ranks({**maps, **norms}, path, sections) if len(maps) + len(norms) > 1 else None
+    ranks = _ranks({**maps, **norms}, path, figures) if len(maps) + len(norms) > 1 else None
     text = summary(run, stability=reports, validation=validation, groups=groups, ranks=ranks)
     write_text(path / "summary.md", text)
-    if sections:
-        figures.save(sections, path, "attribution")
+    if figures:
+        save_page(figures, path, "attribution", "Head attribution")
     _finish(run, path)
 
 
@@ -118,7 +120,7 @@ def _save_table(rows: pd.DataFrame, path: Path) -> None:
     write_with(path, lambda stream: rows.to_parquet(stream, index=False))
 
 
-def _save_scores(run: xr.Dataset, path: Path) -> Sections:
+def _save_scores(run: xr.Dataset, path: Path) -> Figures:
     """The files that other programs read, and the maps for the page."""
     write_json(path / "config.json", run.attrs["settings"])
     methods = [str(method) for method in run["method"].values]
@@ -137,14 +139,19 @@ def _save_scores(run: xr.Dataset, path: Path) -> Sections:
     _save_table(samples, path / "samples.parquet")
     if "rollout" in run.attrs:
         _save_rollout(run.attrs.pop("rollout"), path)
-    return [_maps(run, methods)] if methods else []
+    return {"attribution_maps": _maps(run, methods)} if methods else {}
 
 
-def _maps(run: xr.Dataset, methods: list[str]) -> figures.Section:
+def _maps(run: xr.Dataset, methods: list[str]) -> Figure:
     maps = {m: run["mean"].loc[{"method": m}].values for m in methods}
     title = f"Mean score of every head, {run.sizes['sample']} samples (blue lowers the loss"
     title += "; atp_*: red is useful)" if any(m.startswith("atp") for m in methods) else ")"
-    return figures.of_maps("attribution_maps", maps, title, shared=False)
+    return plots.maps(maps, title, shared=False, groups=_shared_keys(run))
+
+
+def _shared_keys(run: xr.Dataset) -> int | None:
+    """Heads that share keys and values."""
+    return group_size(run.attrs["model"].get("n_key_value_heads"), run.sizes["head"])
 
 
 def _save_arrays(arrays: Mapping[str, np.ndarray], stream: Any) -> None:
@@ -163,11 +170,11 @@ def _save_rollout(tokens: list[np.ndarray], path: Path) -> None:
 
 
 def _stability(
-    values: Mapping[str, np.ndarray], seed: int, path: Path, sections: Sections
+    values: Mapping[str, np.ndarray], seed: int, path: Path, figures: Figures
 ) -> dict[str, Any]:
     reports = {name: stability(value, seed=seed) for name, value in values.items()}
     write_json(path / "stability.json", reports)
-    sections += [figures.of_stability(name, values[name], r) for name, r in reports.items()]
+    figures |= {f"stability_{n}": plots.stability(n, values[n], r) for n, r in reports.items()}
     return reports
 
 
@@ -176,7 +183,7 @@ def _groups(
     scores: Mapping[str, np.ndarray],
     settings: AttributeSettings,
     path: Path,
-    sections: Sections,
+    figures: Figures,
 ) -> dict[str, pd.DataFrame]:
     found = {}
     for method, values in scores.items():
@@ -188,27 +195,26 @@ def _groups(
         shape = (run.sizes["layer"], run.sizes["head"])
         maps = {c.removeprefix("mean_"): found[method][c].to_numpy().reshape(shape) for c in means}
         title = f"{method}: mean score per group, one scale"
-        sections.append(figures.of_maps(f"groups_{method}", maps, title, shared=True))
+        groups = _shared_keys(run)
+        figures[f"groups_{method}"] = plots.maps(maps, title, shared=True, groups=groups)
     rows = [table.assign(method=method) for method, table in found.items()]
     _save_table(pd.concat(rows, ignore_index=True), path / "groups.parquet")
     return found
 
 
-def _save_validation(found: Mapping[str, Any], run: xr.Dataset, path: Path) -> figures.Section:
+def _save_validation(found: Mapping[str, Any], run: xr.Dataset, path: Path) -> Figure:
     _save_table(found["curves"], path / "pruning.parquet")
     _save_table(found["areas"], path / "pruning_areas.parquet")
-    title = (
-        f"Heads pruned in each method's order, {found['n_measuring']} samples that did not rank "
-        f"them, {Path(run.attrs['model']['source']).name}"
-    )
-    return figures.of_pruning(found["curves"], title)
+    source, n = Path(run.attrs["model"]["source"]).name, found["n_measuring"]
+    return plots.pruning(found["curves"], "Heads pruned in each method's order",
+                         f"{source} · {n} samples that did not rank the heads")  # fmt: skip
 
 
-def _ranks(maps: Mapping[str, np.ndarray], path: Path, sections: Sections) -> pd.DataFrame:
+def _ranks(maps: Mapping[str, np.ndarray], path: Path, figures: Figures) -> pd.DataFrame:
     table = rank_correlations(maps)
     long = table.rename_axis("method").reset_index().melt("method", var_name="other")
     _save_table(long.rename(columns={"value": "spearman"}), path / "rank_correlation.parquet")
-    sections.append(figures.of_ranks(table))
+    figures["rank_correlation"] = plots.ranks(table)
     return table
 
 
@@ -235,9 +241,9 @@ def _report_on(source: Path, settings: AttributeSettings, path: Path) -> None:
             "or attribute"
         )
     write_json(path / "config.json", settings.as_dict())
-    sections: Sections = []
-    reports = _stability(values, settings.seed, path, sections)
-    figures.save(sections, path, "stability")
+    figures: Figures = {}
+    reports = _stability(values, settings.seed, path, figures)
+    save_page(figures, path, "stability", f"Stability of {source.name}")
     text = f"# Stability of {source.name}\n\n" + stability_section(reports)
     write_text(path / "summary.md", text)
     meta = {"run": str(source), "measures": list(values), "versions": results.versions(),

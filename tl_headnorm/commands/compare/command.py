@@ -6,10 +6,11 @@ from typing import Any
 
 import xarray as xr
 
-from tl_headnorm.commands.compare import plots as figures
+from tl_headnorm.commands.compare import plots
 from tl_headnorm.commands.compare.compare import compare, movers, table
 from tl_headnorm.commands.compare.settings import CompareSettings
 from tl_headnorm.commands.compare.summary import page, summary
+from tl_headnorm.plots.save import save_png
 from tl_headnorm.run import results
 from tl_headnorm.run.files import write_json, write_text, write_with
 from tl_headnorm.run.loading import run_dir, say
@@ -30,7 +31,9 @@ def run_compare(settings: CompareSettings) -> Path:
             str(name): movers(result, str(name), settings.top, settings.fdr)
             for name in result["measure"].values
         }
-        figures.save(result, changed, path, settings.fdr)
+        for name, moved in changed.items():
+            figure = plots.figure(result, name, moved, settings.fdr)
+            save_png(figure, path / f"{name}_change.png")
         write_text(path / "compare.html", page(result, changed, settings))
         text = summary(result, changed, settings)
         write_text(path / "summary.md", text)

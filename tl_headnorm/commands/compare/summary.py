@@ -6,9 +6,10 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm.commands.compare.plots import to_figure
+from tl_headnorm.commands.compare.plots import figure
 from tl_headnorm.commands.compare.settings import CompareSettings
 from tl_headnorm.plots.page import figure_html, plotly_library
+from tl_headnorm.plots.plotly import draw
 from tl_headnorm.plots.templates import general, render, signed
 
 LONGEST = 120  # characters of a setting in the table of records
@@ -27,7 +28,7 @@ def page(
     """compare.html, self-contained."""
     a, b = result.attrs["names"]
     figures = {
-        name: figure_html(to_figure(result, name, rows, settings.fdr))
+        name: figure_html(draw(figure(result, name, rows, settings.fdr)))
         for name, rows in changed.items()
     }
     return render(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_headnorm.commands.inactive import plots as figures
+from tl_headnorm.commands.inactive import plots
 from tl_headnorm.commands.inactive.inactive import Found, find_inactive, split_rows
 from tl_headnorm.commands.inactive.settings import InactiveSettings
 from tl_headnorm.commands.inactive.summary import PUBLISHED_BEST, summary
@@ -16,6 +16,7 @@ from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.interventions.names import useful_sign
 from tl_headnorm.measures import choose_measures
 from tl_headnorm.model.loading import Model
+from tl_headnorm.plots.save import save
 from tl_headnorm.run import results
 from tl_headnorm.run.files import write_json, write_text, write_with
 from tl_headnorm.run.loading import open_both, run_dir, say
@@ -111,7 +112,8 @@ def _save(found: Found, path: Path, settings: InactiveSettings) -> None:
     write_with(path / "per_sample.npz", partial(np.savez, **stored))
     source = Path(settings.model_path).name
     title = f"{source} · {len(found.split.held_out):,} questions"
-    figures.save_figure(found.table, found.ranking, path / "inactive", title, (PUBLISHED_BEST,))
+    figure = plots.figure(found.table, found.ranking, title, (PUBLISHED_BEST,))
+    save(figure, path / "inactive")
 
 
 def _meta(

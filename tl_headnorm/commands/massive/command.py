@@ -8,14 +8,14 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm.commands.massive import massive
-from tl_headnorm.commands.massive import plots as figures_massive
+from tl_headnorm.commands.massive import massive, plots
 from tl_headnorm.commands.massive.settings import MassiveSettings
 from tl_headnorm.commands.massive.summary import summary
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.texts import Texts, windows
 from tl_headnorm.interventions.heads import as_file
 from tl_headnorm.model.loading import Model
+from tl_headnorm.plots.save import save_all
 from tl_headnorm.run.files import write_json, write_text
 from tl_headnorm.run.loading import run_dir, say
 from tl_headnorm.run.study import open_study, record, save_npz, save_table, text_length
@@ -84,12 +84,7 @@ def _massive(settings: MassiveSettings, path: Path) -> None:
         write_json(path / f"{name.split()[0]}_heads.json", as_file(heads))
     title = f"{Path(model.info.source).name} · n={len(inputs.samples)}"
     tokens = [model.tokenizer.decode([i]) for i in run.attrs["picture_ids"]]
-    figures_massive.save_curve(run, path / "layers", title)
-    figures_massive.save_pruning(run, path / "pruning", title)
-    figures_massive.save_makers(run, path / "makers", title)
-    figures_massive.save_layer_sweep(run, path / "layer_sweep", title)
-    figures_massive.save_ranking(run, path / "heads", title)
-    figures_massive.save_pictures(run, tokens, path / "token_by_dimension", title)
+    save_all(plots.figures(run, tokens, title), path)
     num_tokens = sum(len(sample) for sample in inputs.samples)
     runs = run.sizes["set"]
     meta = record(model, settings, texts, prepared, started, num_tokens, runs) | {

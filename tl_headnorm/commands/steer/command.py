@@ -10,8 +10,7 @@ from typing import Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from tl_headnorm.commands.steer import instructions, profiling, prompts, steer, summary
-from tl_headnorm.commands.steer import plots as figures
+from tl_headnorm.commands.steer import instructions, plots, profiling, prompts, steer, summary
 from tl_headnorm.commands.steer.answers import save_answers
 from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.commands.steer.targets import (
@@ -31,6 +30,8 @@ from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.heads import Heads, as_file, label
 from tl_headnorm.interventions.rankings import choose_heads
 from tl_headnorm.model.loading import Model
+from tl_headnorm.plots.panel import group_size
+from tl_headnorm.plots.save import save
 from tl_headnorm.run.files import write_json, write_text
 from tl_headnorm.run.loading import open_both, open_model, run_dir, say
 from tl_headnorm.run.study import record, save_table
@@ -197,17 +198,16 @@ def _save(
         save_table(_perplexity(tables["texts"]), path / "perplexity.parquet")
     name = "questions" if "questions" in tables else "windows of text"
     title = f"{source}: {_what(settings)}, {label(heads)} · n={meta['num_processed']:,} {name}"
-    figures.save_sweep(main, path / "steer", title)
+    save(plots.sweep(main, title), path / "steer")
     if found.written:
         _save_answers(found.written, found.shown, path, "Written on, plain and steered")
     if picked is not None:
         save_table(picked.table, path / "profile.parquet")
         save_table(picked.offsets, path / "offsets.parquet")
         n = len(picked.test)
-        figures.save_profile(
-            picked.table, picked.offsets, path / "profile",
-            f"{source}: each head by itself · n={n:,} held-out questions",
-        )  # fmt: skip
+        title = f"{source} · n={n:,} held-out questions"
+        groups = group_size(meta["model"]["n_key_value_heads"], meta["model"]["n_heads"])
+        save(plots.profile(picked.table, picked.offsets, title, groups), path / "profile")
 
 
 def _what(settings: SteerSettings) -> str:
@@ -284,7 +284,7 @@ def _follow(settings: SteerSettings, path: Path) -> None:
     source = Path(info.source).name
     title = f"{source}: {len(asked):,} prompts, {n_seeds} answers each, {label(heads)}"
     _save_answers(answers, asked, path, title)
-    figures.save_hits(table, [asdict(a) for a in answers], path / "hits", title)
+    save(plots.hits(table, [asdict(a) for a in answers], title), path / "hits")
     _finish(path, summary.of_prompts(table, answers, meta, settings), meta)
 
 

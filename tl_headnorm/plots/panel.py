@@ -1,0 +1,265 @@
+"""A figure as data: panels of cells, lines, bars and points. Drawn by `plotly` and by `png`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tl_headnorm.plots.text import Number
+
+# Okabe and Ito's colours, told apart by the colour-blind, and a few more after them.
+PALETTE = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#6a3d9a",
+    "#17becf", "#7f7f00", "#b15928",
+)  # fmt: skip
+GREY, DARK, NO_DATA = "#8a8a8a", "#333333", "#d0d0d0"
+SEQUENTIAL, DIVERGING, WEIGHTS = "viridis", "RdBu_r", "Blues"  # diverging: red is more
+MOST_TEXT = 200  # cells with their value written into them
+
+
+@dataclass(frozen=True, eq=False)
+class Heatmap:
+    """Cells [row, column], row 0 on top; NaN is grey.
+
+    `signed` centres the colours at zero. `limits` are the colours' ends, those of the values
+    where None. `root` spreads small values of weights from 0 to 1. `mark` is a line on the colour
+    bar. `nan` says why cells are NaN; "" where they only part others. `groups` is the number of
+    neighbouring columns between separators. `hover` is a text per cell, `text` writes values into
+    few cells.
+    """
+
+    z: np.ndarray
+    label: str = ""
+    signed: bool = False
+    limits: tuple[Number, Number] | None = None
+    root: bool = False
+    colors: str = SEQUENTIAL
+    bar: bool = True
+    nan: str = "no data"
+    mark: Number | None = None
+    groups: int | None = None
+    hover: np.ndarray | None = None
+    text: bool = False
+
+    @property
+    def palette(self) -> str:
+        return DIVERGING if self.signed else self.colors
+
+    @property
+    def range(self) -> tuple[Number, Number]:
+        """The values at the two ends of the colours."""
+        if self.limits is not None:
+            return self.limits
+        real = self.z[np.isfinite(self.z)]
+        if self.signed:
+            return -bound(self.z), bound(self.z)
+        low, high = (float(real.min()), float(real.max())) if real.size else (0.0, 1.0)
+        return (low, high) if high > low else (low, low + 1)
+
+    @property
+    def missing(self) -> bool:
+        return bool(np.isnan(self.z).any())
+
+    @property
+    def separators(self) -> list[float]:
+        """Where columns of one key/value group end, in columns."""
+        n = self.z.shape[1]
+        return [i - 0.5 for i in range(self.groups, n, self.groups)] if self.groups else []
+
+    def written(self) -> list[tuple[int, int, str, bool]]:
+        """(row, column, text, on a dark cell) of the values to write into the cells."""
+        if not self.text or self.z.size > MOST_TEXT:
+            return []
+        low, high = self.range
+        shares = (self.z - low) / (high - low)
+        dark = abs(shares - 0.5) > 0.3 if self.signed else shares < 0.5
+        return [
+            (row, column, f"{value:.2f}", bool(dark[row, column]))
+            for (row, column), value in np.ndenumerate(self.z) if np.isfinite(value)
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """A line, points, bars, or the band between `low` and `high`.
+
+    For the other kinds `low` and `high` are the ends of intervals: of y, or of x where the panel
+    is horizontal. `marker` is matplotlib's sign of it; `hollow` marks are filled with white.
+    `labels` stand at the points. `hidden` ones appear on a page at a click on the legend.
+    """
+
+    name: str
+    x: Any
+    y: Any = ()
+    color: str = PALETTE[0]
+    kind: Literal["line", "points", "bars", "band"] = "line"
+    low: Any = None
+    high: Any = None
+    dash: str = "solid"  # or "dash", "dot"
+    marker: str = ""
+    size: Number = 4
+    hollow: Any = None
+    width: Number = 0.8
+    labels: Sequence[str] | None = None
+    hover: Sequence[str] | None = None
+    legend: bool = True
+    hidden: bool = False
+
+    def spread(self, horizontal: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """(below, above) of the intervals, as lengths."""
+        if self.low is None or self.high is None:
+            return None
+        value = np.asarray(self.x if horizontal else self.y, np.float64)
+        return value - np.asarray(self.low), np.asarray(self.high) - value
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """Heights [row, column] in three dimensions, a curve per row; `names` are the rows'."""
+
+    z: np.ndarray
+    names: Sequence[str]
+    top: Number | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One pair of axes.
+
+    `horizontal`: bars and intervals lie along x, the first of y is on top. `log` names the
+    logarithmic axes. `x_ticks`, `y_ticks`: labels by position, for names instead of numbers.
+    `span`: columns of the figure's grid. `size`: inches. `own_legend`: inside the axes.
+    """
+
+    title: str = ""
+    x: str = ""
+    y: str = ""
+    heatmap: Heatmap | None = None
+    surface: Surface | None = None
+    series: Sequence[Series] = ()
+    horizontal: bool = False
+    log: Literal["", "x", "y", "xy"] = ""
+    x_ticks: Mapping[Any, str] | None = None
+    y_ticks: Mapping[Any, str] | None = None
+    x_range: tuple[Number, Number] | None = None
+    y_range: tuple[Number, Number] | None = None
+    span: int = 1
+    size: tuple[Number, Number] = (3.6, 2.6)
+    own_legend: bool = False
+
+    @property
+    def x_label(self) -> str:
+        if self.heatmap is not None and self.heatmap.missing and self.heatmap.nan:
+            return f"{self.x} (grey: {self.heatmap.nan})".strip()
+        return self.x
+
+    @property
+    def rows(self) -> tuple[Number, Number]:
+        """The ends of y where the panel is horizontal, the bottom first."""
+        at = np.concatenate([np.ravel(s.y) for s in self.series])
+        return float(at.max()) + 0.6, float(at.min()) - 0.6
+
+    def log_ticks(self, axis: Literal["x", "y"]) -> dict[float, str]:
+        """Labels of a logarithmic axis that do not overlap: 1, 2 and 5, or powers of ten."""
+        values = [np.asarray(v, np.float64).ravel()
+                  for s in self.series for v in ((s.x,) if axis == "x" else (s.y, s.low, s.high))
+                  if v is not None]  # fmt: skip
+        real = np.concatenate(values) if values else np.ones(1)
+        real = real[np.isfinite(real) & (real > 0)]
+        return _log_ticks(float(real.min()), float(real.max())) if real.size else {}
+
+
+def _log_ticks(low: float, high: float, most: int = 7) -> dict[float, str]:
+    first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
+    powers = range(first, last + 1)
+    for steps in ((1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
+        ticks = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
+        if len(ticks) <= most:
+            break
+    else:
+        ticks = ticks[:: -(-len(ticks) // most)]
+    return {t: f"{t:g}" for t in (ticks if len(ticks) > 1 else np.linspace(low, high, 3))}
+
+
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """Panels in a grid, row by row, under a title and a smaller line."""
+
+    title: str
+    panels: Sequence[Panel]
+    columns: int = 3
+    subtitle: str = ""
+
+    def places(self) -> list[tuple[int, int]]:
+        """(row, column) of every panel."""
+        found, row, column = [], 0, 0
+        for panel in self.panels:
+            if column + panel.span > self.width:
+                row, column = row + 1, 0
+            found.append((row, column))
+            column += panel.span
+        return found
+
+    @property
+    def width(self) -> int:
+        """Columns of the grid."""
+        return max(1, min(self.columns, sum(panel.span for panel in self.panels)))
+
+    def sizes(self) -> tuple[list[Number], list[Number]]:
+        """Inches of the grid's columns and rows: those of their largest panel."""
+        places = self.places()
+        widths: list[Number] = [1.0] * self.width
+        heights: list[Number] = [1.0] * (places[-1][0] + 1)
+        for panel, (row, column) in zip(self.panels, places, strict=True):
+            heights[row] = max(heights[row], panel.size[1])
+            for i in range(column, column + panel.span):
+                widths[i] = max(widths[i], panel.size[0] / panel.span)
+        return widths, heights
+
+
+def bound(*grids: np.ndarray) -> float:
+    """The largest absolute value: half the width of a colour scale centred at zero."""
+    return max((float(np.nanmax(np.abs(g), initial=0)) for g in grids), default=0) or 1.0
+
+
+def cells(shape: tuple[int, ...]) -> tuple[float, float]:
+    """Inches of a heatmap [layer, head]: large cells for few, small ones for many."""
+
+    def inches(n: int) -> float:
+        return n * (0.26 if n <= 16 else 0.2 if n <= 40 else 0.15)
+
+    return max(2.4, inches(shape[1])), max(1.9, inches(shape[0]))
+
+
+def tick_step(count: int, most: int = 20) -> int:
+    """Every label up to `most`, then every second, fourth, ..."""
+    step = 1
+    while count / step > most:
+        step *= 2
+    return step
+
+
+def layers_by_heads(
+    z: np.ndarray, title: str = "", *, layers: Sequence[int] | None = None, **heatmap: Any
+) -> Panel:
+    """A map [layer, head]; `layers` where they are not 0, 1, 2, ..."""
+    ticks = None
+    if layers is not None and list(layers) != list(range(len(z))):
+        ticks = {i: str(layer) for i, layer in enumerate(layers)}
+    hover = np.array([[f"layer {i if layers is None else layers[i]}, head {j}\n{v:.4g}"
+                       for j, v in enumerate(row)] for i, row in enumerate(z)], object)  # fmt: skip
+    return Panel(title, "head", "layer", Heatmap(z, **{"hover": hover, **heatmap}),
+                 y_ticks=ticks, size=cells(z.shape))  # fmt: skip
+
+
+def group_size(n_key_value_heads: int | None, n_heads: int) -> int | None:
+    """Heads that read the same keys and values; None where each has its own."""
+    size = n_heads // n_key_value_heads if n_key_value_heads else 1
+    return size if size > 1 else None
+
+
+def side_by_side(names: Sequence[str], order: Sequence[str], part: int, parts: int) -> np.ndarray:
+    """Positions of `names` on an axis of `order`, where `parts` series share each place."""
+    shift = (part - (parts - 1) / 2) * 0.8 / parts
+    return np.array([order.index(name) + shift for name in names])

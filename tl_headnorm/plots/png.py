@@ -1,0 +1,222 @@
+"""Figures as PNG, by matplotlib: no browser, no display, no state shared by threads. No torch."""
+
+import io
+from typing import Any
+
+import numpy as np
+
+from tl_headnorm.plots.panel import DARK, NO_DATA, Figure, Heatmap, Panel, Series, tick_step
+from tl_headnorm.plots.text import Number, drawable, families, wrapped
+
+DPI = 160
+TITLE, SMALL, PANEL, LABEL, TICK = 11, 8, 9, 8, 7  # points
+
+
+def png(figure: Figure) -> bytes:
+    """The picture."""
+    stream = io.BytesIO()
+    draw(figure).savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def draw(figure: Figure) -> Any:
+    """The matplotlib figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    widths, heights = figure.sizes()
+    bars = any(p.heatmap is not None and p.heatmap.bar for p in figure.panels)
+    width = sum(w + (1.35 if bars else 0.8) for w in widths)
+    lines = [(text, size, color) for content, size, color in
+             ((figure.title, TITLE, "black"), (figure.subtitle, SMALL, "#555555"))
+             for text in wrapped(content, 72 * (width - 0.2), size)]  # fmt: skip
+    header = 0.14 + sum(1.4 * size / 72 for _, size, _ in lines)
+    names = {s.name for p in figure.panels for s in p.series if _in_legend(s, p)}
+    columns = max(1, int(width / (0.55 + 0.068 * max(map(len, names), default=1))))
+    height = header + sum(h + 0.75 for h in heights) + 0.2 * -(-len(names) // columns)
+    picture = Canvas(figsize=(width, height), dpi=DPI)
+    FigureCanvasAgg(picture)
+    picture.set_layout_engine("constrained", rect=(0, 0, 1, 1 - header / height),
+                              w_pad=0.07, h_pad=0.07)  # fmt: skip
+    at = 0.09
+    for text, size, color in lines:
+        picture.text(0.1 / width, 1 - at / height, text, size=size, color=color, va="top")
+        at += 1.4 * size / 72
+    grid = picture.add_gridspec(len(heights), len(widths), width_ratios=widths,
+                                height_ratios=heights)  # fmt: skip
+    handles: dict[str, Any] = {}
+    for panel, (row, column) in zip(figure.panels, figure.places(), strict=True):
+        spot = grid[row, column : column + panel.span]
+        axes = picture.add_subplot(spot, projection="3d" if panel.surface else None)
+        handles |= {k: v for k, v in _panel(axes, panel).items() if k not in handles}
+    if handles:
+        picture.legend(handles.values(), handles, loc="outside lower left", ncols=columns,
+                       fontsize=LABEL, frameon=False)  # fmt: skip
+    _any_script(picture)
+    return picture
+
+
+def _in_legend(series: Series, panel: Panel) -> bool:
+    return series.legend and not series.hidden and not panel.own_legend
+
+
+def _any_script(picture: Any) -> None:
+    """Every text in fonts that can write it; "$" is a character like any other."""
+    from matplotlib.text import Text
+
+    fonts = families()
+    for text in picture.findobj(Text):
+        text.set(text=drawable(text.get_text()), parse_math=False, fontfamily=fonts)
+
+
+def _panel(axes: Any, panel: Panel) -> dict[str, Any]:
+    """Draw one panel; the handles of its legend by name."""
+    axes.set_title("\n".join(wrapped(panel.title, 72 * (panel.size[0] + 0.4), PANEL)),
+                   loc="left", fontsize=PANEL)  # fmt: skip
+    axes.set_xlabel(panel.x_label, fontsize=LABEL)
+    axes.set_ylabel(panel.y, fontsize=LABEL)
+    axes.tick_params(labelsize=TICK)
+    if panel.surface is not None:
+        _surface(axes, panel)
+        return {}
+    if panel.heatmap is not None:
+        _heatmap(axes, panel.heatmap, panel.size[1])
+    else:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#ececec", axis="x" if panel.horizontal else "y", lw=0.7)
+        axes.set_axisbelow(True)
+    shown = [s for s in panel.series if not s.hidden]
+    drawn = [(s, _draw(axes, s, panel)) for s in shown]
+    if panel.own_legend:
+        axes.legend([handle for _, handle in drawn], [s.name for s, _ in drawn], fontsize=TICK,
+                    frameon=False)  # fmt: skip
+    _ticks(axes, panel)
+    return {s.name: handle for s, handle in drawn if _in_legend(s, panel)}
+
+
+def _heatmap(axes: Any, cells: Heatmap, inches: Number) -> None:
+    from matplotlib.colors import Normalize, PowerNorm
+
+    low, high = cells.range
+    norm = PowerNorm(0.5, low, high) if cells.root else Normalize(low, high)
+    image = axes.imshow(
+        np.ma.masked_invalid(np.asarray(cells.z, np.float64)), aspect="auto", cmap=cells.palette,
+        norm=norm, interpolation="nearest" if cells.z.size <= 300_000 else "auto",
+    )  # fmt: skip
+    axes.set_facecolor(NO_DATA)
+    for at in cells.separators:
+        axes.axvline(at, color="white", lw=2)
+        axes.axvline(at, color=DARK, lw=0.6)
+    for row, column, text, dark in cells.written():
+        axes.text(column, row, text, ha="center", va="center", fontsize=TICK,
+                  color="white" if dark else DARK)  # fmt: skip
+    if cells.bar:
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.015, aspect=inches / 0.13)
+        bar.ax.tick_params(labelsize=TICK)
+        bar.set_label(cells.label, fontsize=LABEL)
+        bar.outline.set_visible(False)
+        bar.ax.yaxis.get_offset_text().set_fontsize(TICK)
+        for line, color in ((cells.mark, "#d55e00"), (0.0 if cells.signed else None, DARK)):
+            if line is not None and low < line < high:
+                bar.ax.axhline(line, color=color, lw=1.2)
+
+
+def _draw(axes: Any, s: Series, panel: Panel) -> Any:
+    """One series; its handle for a legend."""
+    x, y = np.asarray(s.x), np.asarray(s.y)
+    if s.kind == "band":
+        return axes.fill_between(x, s.low, s.high, color=s.color, alpha=0.3, lw=0)
+    if (spread := s.spread(panel.horizontal)) is not None:
+        ends = {"xerr" if panel.horizontal else "yerr": np.maximum(0, np.stack(spread))}
+        axes.errorbar(x, y, fmt="none", ecolor=DARK if s.kind == "bars" else s.color, lw=0.9,
+                      capsize=2, zorder=4, **ends)  # fmt: skip
+    if s.kind == "bars":
+        bars = axes.barh(y, x, s.width, color=s.color) if panel.horizontal else axes.bar(
+            x, y, s.width, color=s.color)  # fmt: skip
+        top = (x if panel.horizontal else y) if s.high is None else np.asarray(s.high)
+        x, y = (top, y) if panel.horizontal else (x, top)
+        for at_x, at_y, label in zip(x, y, s.labels or (), strict=False):
+            _label(axes, at_x, at_y, label, (4, 0) if panel.horizontal else (0, 3))
+            axes.margins(**{"x" if panel.horizontal else "y": 0.12})
+        return bars
+    style = {"solid": "-", "dash": "--", "dot": ":"}[s.dash] if s.kind == "line" else ""
+    marker = s.marker or ("o" if s.kind == "points" else "")
+    (line,) = axes.plot(x, y, color=s.color, ls=style, lw=1.4, marker=marker, ms=s.size, mew=0.8)
+    if s.hollow is not None and np.any(s.hollow):
+        empty = np.broadcast_to(s.hollow, x.shape)
+        if s.kind == "points" and empty.all():
+            line.set_markerfacecolor("none")
+        else:
+            axes.plot(
+                x[empty], y[empty], color=s.color, ls="", marker=marker, ms=s.size, mfc="white"
+            )
+    for at_x, at_y, label in zip(x, y, s.labels or (), strict=False):
+        _label(axes, at_x, at_y, label, (3, 4))
+    return line
+
+
+def _label(axes: Any, x: Any, y: Any, text: str, shift: tuple[int, int]) -> None:
+    axes.annotate(text, (x, y), xytext=shift, textcoords="offset points", fontsize=6.5,
+                  ha="center" if shift[0] == 0 else "left",
+                  va="center" if shift[1] == 0 else "bottom")  # fmt: skip
+
+
+def _surface(axes: Any, panel: Panel) -> None:
+    """A curve per row: peaks of one cell stay visible."""
+    from matplotlib import colormaps
+
+    surface = panel.surface
+    assert surface is not None
+    n_rows, n_columns = surface.z.shape
+    for row in range(n_rows - 1, -1, -1):
+        color = colormaps["viridis"](row / max(1, n_rows - 1))
+        axes.plot(
+            np.arange(n_columns), np.full(n_columns, row), surface.z[row], lw=0.8, color=color
+        )
+    if surface.top is not None:
+        axes.set_zlim(0, surface.top)
+
+
+def _ticks(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    shape = panel.heatmap.z.shape if panel.heatmap is not None else (0, 0)
+    for axis, n, size, ticks, limits in (
+        ("x", shape[1], panel.size[0], panel.x_ticks, panel.x_range),
+        ("y", shape[0], panel.size[1], panel.y_ticks, panel.y_range),
+    ):
+        log = axis in panel.log
+        if log:
+            getattr(axes, f"set_{axis}scale")("log")
+            ticks = panel.log_ticks(axis)  # type: ignore[arg-type]
+        if limits is not None:
+            getattr(axes, f"set_{axis}lim")(limits)
+        one = getattr(axes, f"{axis}axis")
+        if ticks:
+            tilt = _tilt(list(ticks.values()), size) if axis == "x" else {}
+            one.set_ticks(list(ticks), list(ticks.values()), **tilt)
+            one.set_tick_params(which="minor", length=0, labelsize=0) if log else None
+        elif n:
+            one.set_ticks(range(0, n, tick_step(n, int(size / 0.24))))
+        else:
+            whole = axis == "x" and _whole(panel)
+            one.set_major_locator(MaxNLocator("auto", integer=whole, steps=[1, 2, 2.5, 5, 10]))
+    if panel.heatmap is not None:
+        axes.set_xlim(-0.5, shape[1] - 0.5)
+        axes.set_ylim(shape[0] - 0.5, -0.5)
+    elif panel.horizontal:
+        axes.set_ylim(*panel.rows)
+
+
+def _whole(panel: Panel) -> bool:
+    """Whether all positions along x are whole numbers: layers, heads, tokens."""
+    return all(np.all(np.asarray(s.x, np.float64) % 1 == 0) for s in panel.series)
+
+
+def _tilt(labels: list[str], inches: Number) -> dict[str, Any]:
+    """Labels along x stand as upright as they must, in order not to touch."""
+    if sum(len(label) + 2 for label in labels) * 0.062 < inches:
+        return {}
+    if len(labels) * 0.3 < inches:
+        return {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    return {"rotation": 90}
