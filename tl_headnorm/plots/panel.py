@@ -15,6 +15,7 @@ PALETTE = (
 )  # fmt: skip
 GREY, DARK, NO_DATA = "#8a8a8a", "#333333", "#d0d0d0"
 SEQUENTIAL, DIVERGING, WEIGHTS = "viridis", "RdBu_r", "Blues"  # diverging: red is more
+PAPER = 15.5  # inches
 MOST_TEXT = 200  # cells with their value written into them
 
 
@@ -184,11 +185,14 @@ def _log_ticks(low: float, high: float, most: int = 7) -> dict[float, str]:
 
 @dataclass(frozen=True, eq=False)
 class Figure:
-    """Panels in a grid, row by row, under a title and a smaller line."""
+    """Panels in a grid, row by row, under a title and a smaller line.
+
+    `columns` of the grid at most; as many as are well read side by side where 0.
+    """
 
     title: str
     panels: Sequence[Panel]
-    columns: int = 3
+    columns: int = 0
     subtitle: str = ""
 
     def places(self) -> list[tuple[int, int]]:
@@ -204,7 +208,8 @@ class Figure:
     @property
     def width(self) -> int:
         """Columns of the grid."""
-        return max(1, min(self.columns, sum(panel.span for panel in self.panels)))
+        most = self.columns or int(PAPER / (1.3 + max(panel.size[0] for panel in self.panels)))
+        return max(1, min(most, sum(panel.span for panel in self.panels)))
 
     def sizes(self) -> tuple[list[Number], list[Number]]:
         """Inches of the grid's columns and rows: those of their largest panel."""
@@ -223,34 +228,30 @@ def bound(*grids: np.ndarray) -> float:
     return max((float(np.nanmax(np.abs(g), initial=0)) for g in grids), default=0) or 1.0
 
 
-def cells(shape: tuple[int, ...]) -> tuple[float, float]:
-    """Inches of a heatmap [layer, head]: large cells for few, small ones for many."""
-
-    def inches(n: int) -> float:
-        return n * (0.26 if n <= 16 else 0.2 if n <= 40 else 0.15)
-
-    return max(2.4, inches(shape[1])), max(1.9, inches(shape[0]))
+def cells(shape: tuple[int, ...], part: float = 1.0) -> tuple[float, float]:
+    """Inches of a heatmap [layer, head], or a `part` of them: many cells are smaller ones."""
+    height, width = (n * (0.26 if n <= 16 else 0.2 if n <= 40 else 0.15) for n in shape)
+    return part * max(2.4, width), part * max(1.9, height)
 
 
 def tick_step(count: int, most: int = 20) -> int:
-    """Every label up to `most`, then every second, fourth, ..."""
-    step = 1
-    while count / step > most:
-        step *= 2
-    return step
+    """Every label up to `most`, then every second, fourth, eighth, and so on in round numbers."""
+    steps = (1, 2, 4, 8, *(s * 10**p for p in range(1, 7) for s in (2, 5, 10)))
+    return next(step for step in steps if count / step <= max(1, most))
 
 
 def layers_by_heads(
-    z: np.ndarray, title: str = "", *, layers: Sequence[int] | None = None, **heatmap: Any
-) -> Panel:
-    """A map [layer, head]; `layers` where they are not 0, 1, 2, ..."""
+    z: np.ndarray, title: str = "", *, layers: Sequence[int] | None = None, part: float = 1.0,
+    **heatmap: Any,
+) -> Panel:  # fmt: skip
+    """A map [layer, head], smaller where it is a `part`; `layers` where they are not 0, 1, ..."""
     ticks = None
     if layers is not None and list(layers) != list(range(len(z))):
         ticks = {i: str(layer) for i, layer in enumerate(layers)}
     hover = np.array([[f"layer {i if layers is None else layers[i]}, head {j}\n{v:.4g}"
                        for j, v in enumerate(row)] for i, row in enumerate(z)], object)  # fmt: skip
     return Panel(title, "head", "layer", Heatmap(z, **{"hover": hover, **heatmap}),
-                 y_ticks=ticks, size=cells(z.shape))  # fmt: skip
+                 y_ticks=ticks, size=cells(z.shape, part))  # fmt: skip
 
 
 def group_size(n_key_value_heads: int | None, n_heads: int) -> int | None:

@@ -115,7 +115,7 @@ def _heatmap(axes: Any, cells: Heatmap, inches: Number) -> None:
         bar.ax.tick_params(labelsize=TICK)
         bar.set_label(cells.label, fontsize=LABEL)
         bar.outline.set_visible(False)
-        bar.ax.yaxis.get_offset_text().set_fontsize(TICK)
+        bar.ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}".replace("-", "−"))
         for line, color in ((cells.mark, "#d55e00"), (0.0 if cells.signed else None, DARK)):
             if line is not None and low < line < high:
                 bar.ax.axhline(line, color=color, lw=1.2)
@@ -178,7 +178,7 @@ def _surface(axes: Any, panel: Panel) -> None:
 
 
 def _ticks(axes: Any, panel: Panel) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     shape = panel.heatmap.z.shape if panel.heatmap is not None else (0, 0)
     for axis, n, size, ticks, limits in (
@@ -193,9 +193,9 @@ def _ticks(axes: Any, panel: Panel) -> None:
             getattr(axes, f"set_{axis}lim")(limits)
         one = getattr(axes, f"{axis}axis")
         if ticks:
-            tilt = _tilt(list(ticks.values()), size) if axis == "x" else {}
-            one.set_ticks(list(ticks), list(ticks.values()), **tilt)
-            one.set_tick_params(which="minor", length=0, labelsize=0) if log else None
+            labels = [drawable(label) for label in ticks.values()]
+            one.set_ticks(list(ticks), labels, **(_tilt(labels, size) if axis == "x" else {}))
+            one.set_minor_locator(NullLocator())
         elif n:
             one.set_ticks(range(0, n, tick_step(n, int(size / 0.24))))
         else:

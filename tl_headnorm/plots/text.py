@@ -23,7 +23,11 @@ def wrapped(text: str, width: Number, size: Number) -> list[str]:
     """Lines of at most `width`, in the unit of the font `size`."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text) / max(1, len(text))
     most = max(8, int(width / (size * (0.57 + 0.5 * wide))))
-    return [line for part in text.split("\n") for line in textwrap.wrap(part, most)]
+    return [
+        line
+        for part in text.split("\n")
+        for line in textwrap.wrap(part, most, break_on_hyphens=False)
+    ]
 
 
 @cache

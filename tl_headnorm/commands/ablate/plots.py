@@ -33,10 +33,10 @@ def sweep(table: pd.DataFrame, column: str, title: str, groups: int | None = Non
     limits = -bound(*grids.values()), bound(*grids.values())
     panels = [
         layers_by_heads(grid, method, label=LABELS[column], signed=True, limits=limits,
-                        groups=groups)
+                        groups=groups, part=0.7)
         for method, grid in grids.items()
     ]  # fmt: skip
-    return Figure(f"Each head removed by itself: {LABELS[column]}", panels, 3, title)
+    return Figure(f"Each head removed by itself: {LABELS[column]}", panels, subtitle=title)
 
 
 def sets(table: pd.DataFrame, column: str, title: str) -> Figure | None:

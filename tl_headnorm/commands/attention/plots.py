@@ -36,7 +36,7 @@ def all_heads(found: Any, title: str) -> Figure:
     tiles = np.full((n_layers, n_heads, side + 2, side + 2), np.nan, np.float32)
     tiles[..., 1:-1, 1:-1] = found.thumbnails / 255
     mosaic = tiles.transpose(0, 2, 1, 3).reshape(n_layers * (side + 2), n_heads * (side + 2))
-    inch = min(1.0, 9.0 / n_heads)
+    inch = min(1.0, 9.0 / n_heads, 15.0 / n_layers)
     panel = Panel(
         "", "head", "layer", Heatmap(mosaic, limits=(0, 1), colors=WEIGHTS, bar=False, nan=""),
         x_ticks=_tile_ticks(range(n_heads), side + 2, tick_step(n_heads, 16)),
@@ -67,6 +67,7 @@ def _maps(
     return [
         layers_by_heads(
             grid, name, layers=layers, signed=signed, colors=WEIGHTS, mark=uniform,
+            part=0.7,
             limits=None if signed else (min(0.0, float(np.nanmin(grid, initial=0))),
                                         float(np.nanmax(grid, initial=0)) or 1.0),
         )
@@ -79,7 +80,7 @@ def scores(run: xr.Dataset, title: str) -> Figure:
     uniform = run.attrs["uniform"]
     grids = {label: (run[n].values, uniform.get(n)) for n, label in LABELS.items() if n in run}
     panels = _maps(grids, run["layer"].values.tolist(), False)
-    return Figure("Scores of every head", panels, 4, f"{title} · {UNIFORM}")
+    return Figure("Scores of every head", panels, subtitle=f"{title} · {UNIFORM}")
 
 
 def keywords(run: xr.Dataset, title: str) -> Figure:
@@ -88,13 +89,13 @@ def keywords(run: xr.Dataset, title: str) -> Figure:
     grids = {f"on “{word}”": (mean.isel(keyword=i).values, float(expected[i]))
              for i, word in enumerate(run["keyword"].values)}  # fmt: skip
     panels = _maps(grids, run["layer"].values.tolist(), False)
-    return Figure("Attention to the keywords", panels, 3, f"{title} · {UNIFORM}")
+    return Figure("Attention to the keywords", panels, subtitle=f"{title} · {UNIFORM}")
 
 
 def changes(grids: Sequence[tuple[str, np.ndarray]], layers: Sequence[int], title: str) -> Figure:
     """Change of attention to the keywords under distraction, signed."""
     panels = _maps({name: (grid, None) for name, grid in grids}, layers, True)
-    return Figure("Change of attention to the keywords by distracting text", panels, 3, title)
+    return Figure("Change of attention to the keywords by distracting text", panels, subtitle=title)
 
 
 def generation(writing: Any, title: str) -> Figure:

@@ -26,10 +26,10 @@ def maps(
     limits = (-bound(*grids.values()), bound(*grids.values())) if shared else None
     panels = [
         layers_by_heads(grid, name, signed=not name.startswith("michel"), limits=limits,
-                        groups=groups)
+                        groups=groups, part=0.7)
         for name, grid in grids.items()
     ]  # fmt: skip
-    return Figure(title, panels, 3)
+    return Figure(title, panels)
 
 
 def stability(name: str, values: np.ndarray, report: Mapping[str, Any]) -> Figure:
