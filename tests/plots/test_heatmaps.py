@@ -37,7 +37,7 @@ def test_heatmap_is_layers_by_heads():
     (trace,) = figure.data
     assert np.array_equal(np.array(trace.z, float), array().values)
     assert (list(trace.x), list(trace.y)) == (list(range(HEADS)), list(range(LAYERS)))
-    assert figure.layout.yaxis.autorange == "reversed", "layer 0 stands on top"
+    assert figure.layout.yaxis.range == (LAYERS - 0.5, -0.5), "layer 0 stands on top"
     assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("head", "layer")
 
 

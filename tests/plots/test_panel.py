@@ -57,7 +57,7 @@ FIGURES = {
                                 y_ticks={i: f"method {i}" for i in range(9)}, size=(4, 3))], 1),
     "band": Figure("t", [Panel("", "layer", "%", series=[
         Series("noise", np.arange(4), kind="band", low=-np.ones(4), high=np.ones(4)),
-        curve([1, 2, 3, 4], marker="s", hollow=[True, False, True, False]),
+        curve([1, 2, 3, 4], marker="s", hollow=True),
         curve([4, 3, 2, 1], dash="dot", hidden=True)])], 1),
     "tokens": Figure("t", [Panel("", "key", "query", Heatmap(np.tri(40), limits=(0, 1), root=True),
                                  x_ticks={i: f"·word{i}" for i in range(40)}, size=(6, 3))], 1),
@@ -134,7 +134,7 @@ def test_both_drawings_show_every_panel(drawn, name):
     axes = [a for a in drawn(name).axes if a.get_label() != "<colorbar>"]
     assert len(axes) == len(figure.panels)
     for one, panel in zip(axes, figure.panels, strict=True):
-        assert one.get_xlabel() == panel.x_label
+        assert one.get_xlabel() == panel.axis("x").label
         assert "".join(one.get_title(loc="left").split()) == "".join(panel.title.split())
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tl_headnorm.plots.text import Number
+from tl_headnorm.plots.text import Number, wrapped
 
 # Okabe and Ito's colours, told apart by the colour-blind, and a few more after them.
 PALETTE = (
@@ -86,7 +86,7 @@ class Series:
     """A line, points, bars, or the band between `low` and `high`.
 
     For the other kinds `low` and `high` are the ends of intervals: of y, or of x where the panel
-    is horizontal. `marker` is matplotlib's sign of it; `hollow` marks are filled with white.
+    is horizontal. `marker` is matplotlib's sign of it; `hollow` marks are rings.
     `labels` stand at the points. `hidden` ones appear on a page at a click on the legend.
     """
 
@@ -100,7 +100,7 @@ class Series:
     dash: str = "solid"  # or "dash", "dot"
     marker: str = ""
     size: Number = 4
-    hollow: Any = None
+    hollow: bool = False
     width: Number = 0.8
     labels: Sequence[str] | None = None
     hover: Sequence[str] | None = None
@@ -150,28 +150,45 @@ class Panel:
     own_legend: bool = False
 
     @property
-    def x_label(self) -> str:
-        if self.heatmap is not None and self.heatmap.missing and self.heatmap.nan:
-            return f"{self.x} (grey: {self.heatmap.nan})".strip()
-        return self.x
+    def heading(self) -> list[str]:
+        """The title in lines as wide as the panel."""
+        return wrapped(self.title, 72 * (self.size[0] + 0.4), 9)
 
-    @property
-    def rows(self) -> tuple[Number, Number]:
-        """The ends of y where the panel is horizontal, the bottom first."""
-        at = np.concatenate([np.ravel(s.y) for s in self.series])
-        return float(at.max()) + 0.6, float(at.min()) - 0.6
+    def axis(self, name: Literal["x", "y"]) -> "Axis":
+        """Label, ticks and ends of one axis."""
+        x, log, n, limits = name == "x", name in self.log, 0, None
+        label, ticks, length = (self.x, self.x_ticks, self.size[0]) if x else (
+            self.y, self.y_ticks, self.size[1])  # fmt: skip
+        if self.heatmap is not None:
+            n = self.heatmap.z.shape[1 if x else 0]
+            limits = (-0.5, n - 0.5) if x else (n - 0.5, -0.5)
+            if ticks is None:
+                ticks = {i: str(i) for i in range(0, n, tick_step(n, int(length / 0.24)))}
+            if x and self.heatmap.missing and self.heatmap.nan:
+                label = f"{label} (grey: {self.heatmap.nan})".strip()
+        elif log:
+            ticks = _log_ticks([s.x if x else s.y for s in self.series])
+        elif self.horizontal and not x:
+            at = np.concatenate([np.ravel(s.y) for s in self.series])
+            limits = float(at.max()) + 0.6, float(at.min()) - 0.6
+        return Axis(label, ticks, (self.x_range if x else self.y_range) or limits, log)
 
-    def log_ticks(self, axis: Literal["x", "y"]) -> dict[float, str]:
-        """Labels of a logarithmic axis that do not overlap: 1, 2 and 5, or powers of ten."""
-        values = [np.asarray(v, np.float64).ravel()
-                  for s in self.series for v in ((s.x,) if axis == "x" else (s.y, s.low, s.high))
-                  if v is not None]  # fmt: skip
-        real = np.concatenate(values) if values else np.ones(1)
-        real = real[np.isfinite(real) & (real > 0)]
-        return _log_ticks(float(real.min()), float(real.max())) if real.size else {}
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One axis as drawn: labels by position, and its two ends, where they are given."""
+
+    label: str
+    ticks: Mapping[Any, str] | None
+    limits: tuple[Number, Number] | None
+    log: bool
 
 
-def _log_ticks(low: float, high: float, most: int = 7) -> dict[float, str]:
+def _log_ticks(values: Sequence[Any], most: int = 7) -> dict[float, str]:
+    """Labels of a logarithmic axis that do not overlap: 1, 2 and 5, or powers of ten."""
+    real = np.concatenate([np.asarray(v, np.float64).ravel() for v in values])
+    real = real[np.isfinite(real) & (real > 0)]
+    low, high = (float(real.min()), float(real.max())) if real.size else (1.0, 1.0)
     first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
     powers = range(first, last + 1)
     for steps in ((1, 2, 3, 4, 5, 6, 8), (1, 2, 5), (1, 3), (1,)):
@@ -210,6 +227,11 @@ class Figure:
         """Columns of the grid."""
         most = self.columns or int(PAPER / (1.3 + max(panel.size[0] for panel in self.panels)))
         return max(1, min(most, sum(panel.span for panel in self.panels)))
+
+    @property
+    def heading_lines(self) -> int:
+        """Lines of the longest panel title."""
+        return max(len(panel.heading) for panel in self.panels)
 
     def sizes(self) -> tuple[list[Number], list[Number]]:
         """Inches of the grid's columns and rows: those of their largest panel."""

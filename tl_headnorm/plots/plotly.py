@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from tl_headnorm.plots.panel import DARK, NO_DATA, Figure, Heatmap, Panel, Series, tick_step
+from tl_headnorm.plots.panel import DARK, NO_DATA, Figure, Heatmap, Panel, Series
 from tl_headnorm.plots.text import Number, on_page, wrapped
 
 PIXELS = 100  # per inch
@@ -16,7 +16,7 @@ def draw(figure: Figure) -> Any:
     from plotly.subplots import make_subplots
 
     bars = any(p.heatmap is not None and p.heatmap.bar for p in figure.panels)
-    gap_x, gap_y = (135 if bars else 85), 100
+    gap_x, gap_y = (135 if bars else 85), 75 + 17 * figure.heading_lines
     widths, heights = figure.sizes()
     places = figure.places()
     width = PIXELS * sum(widths) + gap_x * (len(widths) - 1)
@@ -27,7 +27,7 @@ def draw(figure: Figure) -> Any:
         specs[row][column] = {"type": kind, "colspan": panel.span}
     page = make_subplots(
         len(heights), len(widths), specs=specs, column_widths=widths, row_heights=heights,
-        horizontal_spacing=gap_x / width, vertical_spacing=gap_y / height,
+        horizontal_spacing=min(1, gap_x / width), vertical_spacing=min(1, gap_y / height),
     )  # fmt: skip
     names: set[str] = set()
     for panel, (row, column) in zip(figure.panels, places, strict=True):
@@ -43,8 +43,7 @@ def _layout(page: Any, figure: Figure, width: Number, height: Number, names: set
     heading = "<br>".join(title)
     if small:
         heading += f"<br><sub>{'<br>'.join(small)}</sub>"
-    above = max((len(p.title.split("\n")) for p in figure.panels if p.title), default=0)
-    top = 38 + 22 * len(title) + 17 * len(small) + 17 * above
+    top = 38 + 22 * len(title) + 17 * len(small) + 17 * figure.heading_lines
     room = 40 if not names else 70 + min(300, 7 * max(map(len, names)))
     page.update_layout(
         title={"text": heading, "x": 0.01, "y": 1 - 12 / (height + top), "yanchor": "top"},
@@ -59,23 +58,17 @@ def _panel(page: Any, panel: Panel, where: dict[str, int], width: Number, names:
     x, y = (area.domain.x, area.domain.y) if panel.surface else (
         area.xaxis.domain, area.yaxis.domain)  # fmt: skip
     if panel.title:
-        lines = wrapped(panel.title, (x[1] - x[0]) * width + 30, 13)
         page.add_annotation(
-            text="<br>".join(map(on_page, lines)), x=x[0], y=y[1], xref="paper", yref="paper",
-            xanchor="left", yanchor="bottom", align="left", showarrow=False, font={"size": 13},
+            text="<br>".join(map(on_page, panel.heading)), font={"size": 13}, x=x[0], y=y[1],
+            xref="paper", yref="paper", xanchor="left", yanchor="bottom", align="left",
+            showarrow=False,
         )  # fmt: skip
     if panel.surface is not None:
         _surface(page, panel, where)
         return
     if panel.heatmap is not None:
-        bar = {
-            "x": x[1] + 6 / width,
-            "y": sum(y) / 2,
-            "len": y[1] - y[0],
-            "thickness": 11,
-            "ypad": 0,
-        }
-        _heatmap(page, panel, panel.heatmap, where, bar)
+        bar = {"x": x[1] + 6 / width, "y": sum(y) / 2, "len": y[1] - y[0]}
+        _heatmap(page, panel, panel.heatmap, where, {**bar, "thickness": 11, "ypad": 0})
     for series in panel.series:
         shown = series.legend and series.name not in names
         names |= {series.name} if shown else set()
@@ -92,10 +85,8 @@ def _heatmap(page: Any, panel: Panel, cells: Heatmap, where: dict[str, int], bar
     where_is = f"{on_page(panel.y)} %{{y}}, {on_page(panel.x)} %{{x}}"
     hover: dict[str, Any] = {"hovertemplate": where_is + ": %{z:.4g}<extra></extra>"}
     if cells.hover is not None:
-        hover = {
-            "text": [[on_page(cell) for cell in row] for row in cells.hover],
-            "hoverinfo": "text",
-        }
+        text = [[on_page(cell) for cell in row] for row in cells.hover]
+        hover = {"text": text, "hoverinfo": "text"}
     gap = 1 if cells.z.size <= 4096 else 0
     colors = get_colorscale(cells.palette)
     page.add_trace(
@@ -109,15 +100,13 @@ def _heatmap(page: Any, panel: Panel, cells: Heatmap, where: dict[str, int], bar
     )  # fmt: skip
     frame = {"x0": -0.5, "x1": n_columns - 0.5, "y0": -0.5, "y1": n_rows - 0.5}
     if cells.missing:
-        page.add_shape(
-            type="rect", layer="below", fillcolor=NO_DATA, line_width=0, **frame, **where
-        )
+        page.add_shape(layer="below", fillcolor=NO_DATA, line_width=0, **frame, **where)
     for at in cells.separators:
         for color, line in (("white", 3), (DARK, 1)):
             ends = {**frame, "x0": at, "x1": at}
             page.add_shape(type="line", line={"color": color, "width": line}, **ends, **where)
-    for row, column, text, dark in cells.written():
-        page.add_annotation(x=column, y=row, text=text, showarrow=False, **where,
+    for row, column, value, dark in cells.written():
+        page.add_annotation(x=column, y=row, text=value, showarrow=False, **where,
                             font={"size": 10, "color": "white" if dark else DARK})  # fmt: skip
 
 
@@ -142,10 +131,8 @@ def _trace(s: Series, panel: Panel, shown: bool) -> Any:
     if s.kind == "bars":
         way = "h" if panel.horizontal else "v"
         return go.Bar(marker_color=s.color, width=s.width, orientation=way, **common)
-    symbol = MARKERS[s.marker]
-    hollow = np.zeros(x.shape, bool) if s.hollow is None else np.broadcast_to(s.hollow, x.shape)
-    marker = {"color": s.color, "size": 1.6 * s.size,
-              "symbol": [f"{symbol}-open" if h else symbol for h in hollow]}  # fmt: skip
+    symbol = MARKERS[s.marker] + ("-open" if s.hollow else "")
+    marker = {"color": s.color, "size": 1.6 * s.size, "symbol": symbol}
     mode = "markers" if s.kind == "points" else "lines+markers" if s.marker else "lines"
     if s.labels is not None:
         mode += "+text"
@@ -174,31 +161,15 @@ def _surface(page: Any, panel: Panel, where: dict[str, int]) -> None:
 
 
 def _axes(page: Any, panel: Panel, where: dict[str, int]) -> None:
-    shape = panel.heatmap.z.shape if panel.heatmap is not None else (0, 0)
-    for axis, update, label, n in (
-        ("x", page.update_xaxes, panel.x_label, shape[1]),
-        ("y", page.update_yaxes, panel.y, shape[0]),
+    for axis, update in (
+        (panel.axis("x"), page.update_xaxes),
+        (panel.axis("y"), page.update_yaxes),
     ):
-        ticks = panel.x_ticks if axis == "x" else panel.y_ticks
-        limits = panel.x_range if axis == "x" else panel.y_range
-        how: dict[str, Any] = {"title_text": on_page(label), "zeroline": False, "automargin": True}
-        log = axis in panel.log
-        if log:
-            how["type"] = "log"
-            ticks = panel.log_ticks(axis)  # type: ignore[arg-type]
-        if ticks:
-            how |= {"tickvals": list(ticks), "ticktext": [on_page(t) for t in ticks.values()]}
-        elif n:
-            how |= {"tickmode": "linear", "tick0": 0, "dtick": tick_step(n)}
-        if n:
-            how["showgrid"] = False
-        down = axis == "y" and (n or panel.horizontal)
-        if limits is not None:
-            how["range"] = list(np.log10(limits) if log else limits)[:: -1 if down else 1]
-        elif n and panel.series:  # marks at the edge would widen the axes
-            how["range"] = [n - 0.5, -0.5] if down else [-0.5, n - 0.5]
-        elif down and not n:
-            how["range"] = list(panel.rows)
-        elif down:
-            how["autorange"] = "reversed"
-        update(**how, **where)
+        how: dict[str, Any] = {"type": "log" if axis.log else "linear", "zeroline": False}
+        if axis.limits is not None:
+            how["range"] = list(np.log10(axis.limits) if axis.log else axis.limits)
+        if axis.ticks is not None:
+            how["tickvals"] = list(axis.ticks)
+            how["ticktext"] = [on_page(text) for text in axis.ticks.values()]
+        update(title_text=on_page(axis.label), showgrid=panel.heatmap is None, automargin=True,
+               **how, **where)  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tl_headnorm.plots.panel import DARK, NO_DATA, Figure, Heatmap, Panel, Series, tick_step
+from tl_headnorm.plots.panel import DARK, NO_DATA, Figure, Heatmap, Panel, Series
 from tl_headnorm.plots.text import Number, drawable, families, wrapped
 
 DPI = 160
@@ -71,10 +71,7 @@ def _any_script(picture: Any) -> None:
 
 def _panel(axes: Any, panel: Panel) -> dict[str, Any]:
     """Draw one panel; the handles of its legend by name."""
-    axes.set_title("\n".join(wrapped(panel.title, 72 * (panel.size[0] + 0.4), PANEL)),
-                   loc="left", fontsize=PANEL)  # fmt: skip
-    axes.set_xlabel(panel.x_label, fontsize=LABEL)
-    axes.set_ylabel(panel.y, fontsize=LABEL)
+    axes.set_title("\n".join(panel.heading), loc="left", fontsize=PANEL)
     axes.tick_params(labelsize=TICK)
     if panel.surface is not None:
         _surface(axes, panel)
@@ -90,7 +87,7 @@ def _panel(axes: Any, panel: Panel) -> dict[str, Any]:
     if panel.own_legend:
         axes.legend([handle for _, handle in drawn], [s.name for s, _ in drawn], fontsize=TICK,
                     frameon=False)  # fmt: skip
-    _ticks(axes, panel)
+    _axes(axes, panel)
     return {s.name: handle for s, handle in drawn if _in_legend(s, panel)}
 
 
@@ -141,15 +138,8 @@ def _draw(axes: Any, s: Series, panel: Panel) -> Any:
         return bars
     style = {"solid": "-", "dash": "--", "dot": ":"}[s.dash] if s.kind == "line" else ""
     marker = s.marker or ("o" if s.kind == "points" else "")
-    (line,) = axes.plot(x, y, color=s.color, ls=style, lw=1.4, marker=marker, ms=s.size, mew=0.8)
-    if s.hollow is not None and np.any(s.hollow):
-        empty = np.broadcast_to(s.hollow, x.shape)
-        if s.kind == "points" and empty.all():
-            line.set_markerfacecolor("none")
-        else:
-            axes.plot(
-                x[empty], y[empty], color=s.color, ls="", marker=marker, ms=s.size, mfc="white"
-            )
+    (line,) = axes.plot(x, y, color=s.color, ls=style, lw=1.4, marker=marker, ms=s.size, mew=0.8,
+                        mfc="none" if s.hollow else None)  # fmt: skip
     for at_x, at_y, label in zip(x, y, s.labels or (), strict=False):
         _label(axes, at_x, at_y, label, (3, 4))
     return line
@@ -170,47 +160,32 @@ def _surface(axes: Any, panel: Panel) -> None:
     n_rows, n_columns = surface.z.shape
     for row in range(n_rows - 1, -1, -1):
         color = colormaps["viridis"](row / max(1, n_rows - 1))
-        axes.plot(
-            np.arange(n_columns), np.full(n_columns, row), surface.z[row], lw=0.8, color=color
-        )
+        at = np.full(n_columns, row)
+        axes.plot(np.arange(n_columns), at, surface.z[row], lw=0.8, color=color)
+    axes.set_xlabel(panel.x, fontsize=LABEL)
+    axes.set_ylabel(panel.y, fontsize=LABEL)
     if surface.top is not None:
         axes.set_zlim(0, surface.top)
 
 
-def _ticks(axes: Any, panel: Panel) -> None:
+def _axes(axes: Any, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator, NullLocator
 
-    shape = panel.heatmap.z.shape if panel.heatmap is not None else (0, 0)
-    for axis, n, size, ticks, limits in (
-        ("x", shape[1], panel.size[0], panel.x_ticks, panel.x_range),
-        ("y", shape[0], panel.size[1], panel.y_ticks, panel.y_range),
-    ):
-        log = axis in panel.log
-        if log:
-            getattr(axes, f"set_{axis}scale")("log")
-            ticks = panel.log_ticks(axis)  # type: ignore[arg-type]
-        if limits is not None:
-            getattr(axes, f"set_{axis}lim")(limits)
-        one = getattr(axes, f"{axis}axis")
-        if ticks:
-            labels = [drawable(label) for label in ticks.values()]
-            one.set_ticks(list(ticks), labels, **(_tilt(labels, size) if axis == "x" else {}))
+    for name, one in (("x", axes.xaxis), ("y", axes.yaxis)):
+        axis = panel.axis(name)  # type: ignore[arg-type]
+        axes.set(**{f"{name}scale": "log" if axis.log else "linear"})
+        one.set_label_text(axis.label, fontsize=LABEL)
+        if axis.ticks is not None:
+            labels = [drawable(label) for label in axis.ticks.values()]
+            tilt = _tilt(labels, panel.size[0]) if name == "x" else {}
+            one.set_ticks(list(axis.ticks), labels, **tilt)
             one.set_minor_locator(NullLocator())
-        elif n:
-            one.set_ticks(range(0, n, tick_step(n, int(size / 0.24))))
-        else:
-            whole = axis == "x" and _whole(panel)
-            one.set_major_locator(MaxNLocator("auto", integer=whole, steps=[1, 2, 2.5, 5, 10]))
-    if panel.heatmap is not None:
-        axes.set_xlim(-0.5, shape[1] - 0.5)
-        axes.set_ylim(shape[0] - 0.5, -0.5)
-    elif panel.horizontal:
-        axes.set_ylim(*panel.rows)
-
-
-def _whole(panel: Panel) -> bool:
-    """Whether all positions along x are whole numbers: layers, heads, tokens."""
-    return all(np.all(np.asarray(s.x, np.float64) % 1 == 0) for s in panel.series)
+        else:  # layers, heads and tokens are whole numbers
+            whole = all(np.all(np.asarray(s.x, np.float64) % 1 == 0) for s in panel.series)
+            one.set_major_locator(MaxNLocator("auto", integer=name == "x" and whole,
+                                              steps=[1, 2, 2.5, 5, 10]))  # fmt: skip
+        if axis.limits is not None:
+            axes.set(**{f"{name}lim": axis.limits})
 
 
 def _tilt(labels: list[str], inches: Number) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The figure of the search for inactive heads: curves by mode, and every score's area. No torch."""
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 
@@ -69,16 +71,16 @@ def areas(ranking: pd.DataFrame, modes: list[str]) -> Panel:
     """Mean accuracy over the shares with its interval, a row per score and a mark per mode."""
     scores = list(ranking["score"].drop_duplicates())
     listed, series = scores[:MOST_LISTED], []
-    for i, mode in enumerate(modes):
+    for (i, mode), ranked in product(enumerate(modes), (True, False)):
         rows = ranking[(ranking["mode"] == mode) & ranking["score"].isin(listed)]
+        rows = rows[rows["ranked"] == ranked]
         value, low, high = (
             100 * rows[f"accuracy_area{end}"].to_numpy() for end in ("", "_low", "_high")
         )
         at = side_by_side(rows["score"].tolist(), listed, i, len(modes))
+        hover = [f"{name}\n{v:.1f} %" for name, v in zip(rows["score"], value, strict=True)]
         series.append(Series(MODES[mode], value, at, PALETTE[5 + i], "points", low, high,
-                             marker=MARKS[mode], hollow=~rows["ranked"].to_numpy(bool),
-                             hover=[f"{name}\n{v:.1f} %" for name, v in
-                                    zip(rows["score"], value, strict=True)]))  # fmt: skip
+                             marker=MARKS[mode], hollow=not ranked, hover=hover))  # fmt: skip
     cut = "" if len(listed) == len(scores) else f"the first {len(listed)} of {len(scores)} scores; "
     return Panel(
         f"{cut}bars: 95 % intervals; hollow: not ranked, other shares of heads went off",
