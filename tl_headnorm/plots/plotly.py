@@ -30,8 +30,12 @@ def draw(figure: Figure) -> Any:
         horizontal_spacing=min(1, gap_x / width), vertical_spacing=min(1, gap_y / height),
     )  # fmt: skip
     names: set[str] = set()
+    left = ""
     for panel, (row, column) in zip(figure.panels, places, strict=True):
         _panel(page, panel, {"row": row + 1, "col": column + 1}, width, names)
+        if column and panel.y == left:  # said once in a row: a narrow page has no room for more
+            page.update_yaxes(title_text="", row=row + 1, col=column + 1)
+        left = panel.y
     _layout(page, figure, width, height, names)
     return page
 
@@ -43,7 +47,7 @@ def _layout(page: Any, figure: Figure, width: Number, height: Number, names: set
     heading = "<br>".join(title)
     if small:
         heading += f"<br><sub>{'<br>'.join(small)}</sub>"
-    top = 38 + 22 * len(title) + 17 * len(small) + 17 * figure.heading_lines
+    top = 26 + 22 * len(title) + 17 * len(small) + 17 * figure.heading_lines
     room = 40 if not names else 70 + min(300, 7 * max(map(len, names)))
     page.update_layout(
         title={"text": heading, "x": 0.01, "y": 1 - 12 / (height + top), "yanchor": "top"},
@@ -130,7 +134,9 @@ def _trace(s: Series, panel: Panel, shown: bool) -> Any:
         common["error_x" if panel.horizontal else "error_y"] = ends
     if s.kind == "bars":
         way = "h" if panel.horizontal else "v"
-        return go.Bar(marker_color=s.color, width=s.width, orientation=way, **common)
+        text = {"text": s.labels, "textposition": "outside", "cliponaxis": False}
+        return go.Bar(marker_color=s.color, width=s.width, orientation=way, **common,
+                      **(text if s.labels else {}))  # fmt: skip
     symbol = MARKERS[s.marker] + ("-open" if s.hollow else "")
     marker = {"color": s.color, "size": 1.6 * s.size, "symbol": symbol}
     mode = "markers" if s.kind == "points" else "lines+markers" if s.marker else "lines"
@@ -157,7 +163,8 @@ def _surface(page: Any, panel: Panel, where: dict[str, int]) -> None:
     )  # fmt: skip
     top = {} if surface.top is None else {"range": [0, surface.top]}
     page.update_scenes(xaxis_title=on_page(panel.x), yaxis_title=on_page(panel.y),
-                       zaxis={"title": "", **top}, **where)  # fmt: skip
+                       zaxis={"title": "", **top}, aspectmode="cube",
+                       camera_eye={"x": 1.7, "y": -1.7, "z": 1.1}, **where)  # fmt: skip
 
 
 def _axes(page: Any, panel: Panel, where: dict[str, int]) -> None:
@@ -172,4 +179,5 @@ def _axes(page: Any, panel: Panel, where: dict[str, int]) -> None:
             how["tickvals"] = list(axis.ticks)
             how["ticktext"] = [on_page(text) for text in axis.ticks.values()]
         update(title_text=on_page(axis.label), showgrid=panel.heatmap is None, automargin=True,
+               title_standoff=8,
                **how, **where)  # fmt: skip
