@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from types import NoneType
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from tl_headnorm.errors import InputError, unknown
 
@@ -98,6 +98,8 @@ def check_values(settings: type, values: Mapping[str, object]) -> None:
             if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text):
                 raise InputError(f"{name}: expected text in UTF-8 without NUL, found {text!r}")
         if value not in (None, ...):
+            if get_origin(field.type) is Literal and value not in get_args(field.type):
+                raise unknown(name, value, get_args(field.type))
             for bound in bounds_of(field.type):
                 bound.check(name, value)
 

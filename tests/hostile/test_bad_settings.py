@@ -188,6 +188,10 @@ def test_a_bound_is_one_line_with_the_way_out():
         ),
         ({"checkpoint_every": math.nan}, "checkpoint_every: expected 0 or more, found nan; set "),
         ({"dtype": None}, "dtype: expected a value, found null; give one or leave the key out"),
+        (
+            {"dtype": "fp23"},
+            "unknown dtype 'fp23'; did you mean 'fp32'? Expected one of: bf16, ",
+        ),
         ({"n_options": (1, 4)}, "n_options: expected numbers from 2 to 26, found [1, 4]; set for"),
     ):
         with pytest.raises(InputError, match=re.escape(line)):

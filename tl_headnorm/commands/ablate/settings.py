@@ -8,8 +8,6 @@ from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.names import REPLACEMENTS
 from tl_headnorm.settings import BATCHES, STUDY, TOKENS, Settings, needs_data
 
-NORMS = ("head_output_norm", "head_resid_contrib_norm")
-
 
 @dataclass(frozen=True)
 class AblateSettings(Settings):
@@ -45,7 +43,7 @@ class AblateSettings(Settings):
     run: Optional[str] = None
     statistic: str = "head_resid_contrib_norm_mean"
     input_threshold: Optional[float] = None
-    threshold_measure: Annotated[str, OneOf("threshold_measure", NORMS)] = "head_output_norm"
+    threshold_measure: Literal["head_output_norm", "head_resid_contrib_norm"] = "head_output_norm"
     threshold_relative: bool = True
     texts: Optional[str] = None
     text_length: TextLength = 256

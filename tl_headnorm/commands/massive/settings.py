@@ -1,12 +1,10 @@
 """Settings of `massive`."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Optional
+from typing import Annotated, ClassVar, Literal, Optional
 
-from tl_headnorm.bounds import Count, DirName, OneOf, Size, TextLength, at_least
+from tl_headnorm.bounds import Count, DirName, Size, TextLength, at_least
 from tl_headnorm.settings import BATCHES, STUDY, Settings, needs_data
-
-RANKS = ("first_token_weight", "head_resid_contrib_norm")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class MassiveSettings(Settings):
     picture_layer: Annotated[int, at_least(-1)] = -1
     picture_tokens: Count = 48
     prune: Count = 8
-    rank_by: Annotated[str, OneOf("rank_by", RANKS)] = "first_token_weight"
+    rank_by: Literal["first_token_weight", "head_resid_contrib_norm"] = "first_token_weight"
     sweep_layers: bool = True
     experiment_name: DirName = "massive"
     uses: ClassVar = (*STUDY, *BATCHES)
