@@ -427,6 +427,60 @@ def test_right_is_blue_and_wrong_is_orange_everywhere(browser, made):
         assert limit >= bound
 
 
+def test_a_head_by_its_name_and_by_the_address(browser, made):
+    with opened(browser, made[1]) as seen:
+        page = seen.page
+        page.keyboard.press("/")
+        page.keyboard.type("2.3")
+        page.keyboard.press("Enter")
+        seen.head_is(2, 3)
+        assert page.url.endswith("#h=2.3&m=head_output_norm")
+        page.locator("#go").fill("7.1")
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.getElementById('go').validationMessage") == (
+            "expected layer.head up to 2.4"
+        )
+        page.evaluate("location.hash = '#h=1.4&m=head_resid_contrib_norm'")
+        seen.head_is(1, 4)
+        assert page.locator("#head-numbers tr.active td").first.get_attribute("title") == (
+            "head_resid_contrib_norm"
+        )
+        page.locator("#state button").click()
+        assert "#" not in page.url
+
+
+def test_what_can_be_taken_along(browser, made):
+    run, path = made
+    with opened(browser, path) as seen:
+        with seen.page.expect_download() as done:
+            seen.page.locator("#csv").click()
+        rows = pd.read_csv(done.value.path())
+        assert len(rows) == 15
+        np.testing.assert_allclose(
+            rows["head_output_norm_mean"], run["head_output_norm_mean"].values.ravel(), rtol=1e-6
+        )
+        assert sorted(rows["head_resid_contrib_norm_rank"]) == list(range(1, 16))
+        for kind, start in (("png", b"\x89PNG"), ("svg", b"<svg")):
+            with seen.page.expect_download() as done:
+                seen.page.locator(f'[data-picture="{kind}"]').click()
+            assert Path(done.value.path()).read_bytes().startswith(start)
+
+
+def test_a_head_that_hardly_varies_says_so(browser, tmp_path):
+    run = made_run()
+    run["head_output_norm_std"][0, 0] = 0.01 * run["head_output_norm_mean"][0, 0]
+    with opened(browser, write_page(tmp_path, run)) as seen:
+        seen.page.evaluate("headReport.pin(0, 0)")
+        seen.page.wait_for_function(
+            "document.getElementById('head-spread').textContent.startsWith('near-constant')"
+        )
+        assert seen.text("#head-spread") == "near-constant: std is 1.0 % of the mean"
+        seen.page.evaluate("headReport.pin(1, 1)")
+        seen.page.wait_for_function(
+            "document.getElementById('head-spread').textContent.startsWith('std is')"
+        )
+
+
 def test_on_a_phone(browser, made):
     """Nothing is wider than the screen, the contents are one row, a pinned head is a sheet."""
     with opened(browser, made[1]) as seen:

@@ -16,6 +16,8 @@ function cursor(element) {
   box.classList.toggle("pinned", state.pinned);
 }
 
+const NEAR_CONSTANT = 0.02; // std over |mean|
+
 function drawNumbers() {
   const at = row(state.layer, state.head);
   $("head-name").textContent = `Layer ${state.layer}, head ${state.head}`;
@@ -26,6 +28,9 @@ function drawNumbers() {
       make("td", ranks[k].of[at] === null ? "no data" : `${ranks[k].of[at]} / ${ranks[k].count}`));
     return line;
   }));
+  const m = measures[state.measure], share = m.std && m.mean[at] ? Math.abs(m.std[at] / m.mean[at]) : null;
+  $("head-spread").textContent = share === null || m.std[at] === null ? ""
+    : `${share < NEAR_CONSTANT ? "near-constant: " : ""}std is ${show(100 * share, 2)} % of the mean`;
   if ($("spread-title")) {
     const title = $("spread-title"), m = measures[state.measure];
     title.textContent = "";
@@ -82,12 +87,14 @@ function showHead(layer, head, measure = state.measure) {
 function pin(layer, head, measure = state.measure) {
   state.pinned = true;
   showHead(layer, head, measure);
+  history.replaceState(null, "", `#h=${nameOf(layer, head)}&m=${measures[measure].name}`);
   drawState();
   drawSamples();
 }
 
 function unpin() {
   state.pinned = false;
+  history.replaceState(null, "", location.pathname);
   showHead(state.layer, state.head);
   drawState();
   drawSamples();
@@ -185,6 +192,52 @@ addEventListener("afterprint", () => {
   document.querySelectorAll(".map, .chart").forEach((element) => { element.style.width = ""; });
   redraw();
 });
+
+// A head by its name, "24.7": from the field, or from the address with the measure's name.
+function goTo(name, measure = state.measure) {
+  const [layer, head] = (/^\s*(\d+)\.(\d+)\s*$/.exec(name) ?? []).slice(1).map(Number);
+  const there = layer < L && head < H;
+  if (there) pin(layer, head, measure);
+  return there;
+}
+function goToAddress() {
+  const asked = new URLSearchParams(location.hash.slice(1));
+  if (asked.has("h")) goTo(asked.get("h"), Math.max(0, measures.findIndex((m) => m.name === asked.get("m"))));
+}
+$("go").addEventListener("input", (event) => event.target.setCustomValidity(""));
+$("go").addEventListener("keydown", (event) => {
+  if (event.key !== "Enter") return;
+  event.target.setCustomValidity(goTo(event.target.value) ? "" : `expected layer.head up to ${nameOf(L - 1, H - 1)}`);
+  event.target.reportValidity();
+});
+addEventListener("keydown", (event) => {
+  if (event.key !== "/" || /INPUT|SELECT/.test(event.target.tagName)) return;
+  event.preventDefault();
+  $("go").focus();
+});
+addEventListener("hashchange", goToAddress);
+
+function save(name, text, type) {
+  const link = make("a", null, { download: name, href: URL.createObjectURL(new Blob([text], { type })) });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+$("csv").addEventListener("click", () => {
+  const columns = measures.flatMap((m) => [`${m.name}_mean`, `${m.name}_std`, `${m.name}_rank`]);
+  const lines = places.map(([l, h], i) => [l, h, ...measures.flatMap((m, k) =>
+    [m.mean[i], m.std && m.std[i], ranks[k].of[i]])].map((x) => x ?? "").join(","));
+  save("heads.csv", [["layer", "head", ...columns].join(","), ...lines, ""].join("\n"), "text/csv");
+});
+document.querySelectorAll("[data-picture]").forEach((button) => button.addEventListener("click", () =>
+  Plotly.downloadImage($(`map-${state.measure}`), { format: button.dataset.picture, scale: 2,
+    filename: measures[state.measure].name })));
+$("link").addEventListener("click", async () => {
+  history.replaceState(null, "", `#h=${nameOf(state.layer, state.head)}&m=${measures[state.measure].name}`);
+  await navigator.clipboard?.writeText(location.href);
+  $("link").textContent = "Copied";
+  setTimeout(() => { $("link").textContent = "Copy link"; }, 1500);
+});
+goToAddress();
 
 // For the console: headReport.values(0, layer, head) are one head's numbers.
 window.headReport = { data, values, pin, unpin, state, table };
