@@ -37,7 +37,8 @@ function layout(more = {}) {
 function gridSize(width) {
   const margin = { l: 46, r: 74, t: 6, b: 38 };
   const across = Math.min(width - margin.l - margin.r, H * 96);
-  const cell = Math.max(5, Math.min(46, (across / H) * 0.92, 560 / L));
+  const tall = Math.max(280, Math.min(560, innerHeight - 520)); // in the first screen on a desk
+  const cell = Math.max(5, Math.min(46, (across / H) * 0.92, tall / L));
   return {
     margin, width: across + margin.l + margin.r,
     height: Math.max(cell * L, Math.min(70, 30 * L)) + margin.t + margin.b,
