@@ -17,7 +17,7 @@ HeadValues = Float[Tensor, "batch pos head"]
 def output_norm(
     z: Float[Tensor, "batch pos head d_head"], factor: Float[Tensor, "head k d_head"]
 ) -> HeadValues:
-    """||z_h||_2, in the units of the activations; says nothing of what W_O makes of z."""
+    """||z_h||_2, in the units of the activations, before W_O."""
     return torch.linalg.vector_norm(z, dim=-1, dtype=factor.dtype)
 
 
@@ -53,18 +53,18 @@ def sum_over_tokens(
 ) -> tuple[Float[Tensor, "batch head"], Float[Tensor, "batch 1"]]:
     """(sum, count) over the counted tokens of every row."""
     # where, not a product: a padded position may hold anything at all.
-    kept = torch.where(counted.unsqueeze(-1), values, values.new_zeros(()))
-    return kept.sum(1), counted.sum(1, keepdim=True).to(values.dtype)
+    values = torch.where(counted.unsqueeze(-1), values, values.new_zeros(()))
+    return values.sum(1), counted.sum(1, keepdim=True).to(values.dtype)
 
 
 def ratio(above: Float[Tensor, "*any"], below: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-    """above / below; 0 where `below` is 0: a head that is nowhere has no share of anything."""
+    """above / below; 0 where `below` is 0."""
     return torch.where(below == 0, 0, above / torch.where(below == 0, 1, below))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A layer's output weights, and the factor that gives the size of what they make of z."""
+    """A layer's W_O and b_O, and the factor R with ||R_h z|| = ||z W_O^h||."""
 
     W_O: Float[Tensor, "head d_head d_model"]
     b_O: Float[Tensor, " d_model"]

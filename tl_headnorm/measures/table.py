@@ -1,4 +1,4 @@
-"""MEASURES: what each head of a layer is measured by, and how its tokens make one number."""
+"""MEASURES: one number per head and sample, and its aggregation over tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ TOKENS = ("agg", "last", "all", "first", "after_first", "last_to_all")
 def attention_first(seen: Seen) -> HeadValues:
     """pattern[q, 0], the weight of the prompt's first token; a sink's is about 1.
 
-    A head that attends alike to all it may see has 1/(q + 1) (`uniform_first_attention`). It does
-    not say that anything is moved: see the first token's value.
+    Uniform attention has 1/(q + 1) (`uniform_first_attention`). It does not say that anything is
+    moved: see the first token's value.
     """
     first = seen.real_keys.int().argmax(1)
     rows = torch.arange(len(first), device=first.device)
@@ -29,7 +29,7 @@ def attention_first(seen: Seen) -> HeadValues:
 
 
 def attention_entropy(seen: Seen) -> HeadValues:
-    """-sum_j a_qj ln a_qj in nats, 0 ln 0 = 0: from 0 (one key) to ln(q + 1) (all alike)."""
+    """-sum_j a_qj ln a_qj in nats, 0 ln 0 = 0: from 0 (one key) to ln(q + 1) (uniform)."""
     wide = seen.pattern.to(seen.weights.factor.dtype)
     return torch.special.entr(wide).sum(-1).transpose(1, 2)
 
@@ -51,7 +51,7 @@ def value_contribution(seen: Seen) -> HeadValues:
 
 
 def contribution_to_resid(seen: Seen) -> HeadValues:
-    """||z_h W_O^h|| / ||resid_pre||: how much of what it is added to."""
+    """||z_h W_O^h|| / ||resid_pre||: the contribution relative to the residual it is added to."""
     size = torch.linalg.vector_norm(seen.resid_pre, dim=-1, dtype=seen.weights.factor.dtype)
     return ratio(seen.contributions, size.unsqueeze(-1).expand_as(seen.contributions))
 
@@ -59,7 +59,7 @@ def contribution_to_resid(seen: Seen) -> HeadValues:
 def direct_logit(seen: Seen) -> HeadValues:
     """z_h W_O^h times the answer's direction: the head's own share of the answer's logit.
 
-    To be divided by the final norm's scale. What later layers make of the head is not in it.
+    To be divided by the final norm's scale. Effects through later layers are not in it.
     """
     wide = seen.weights.factor.dtype
     through = (seen.answer.to(wide) @ seen.weights.flat.to(wide)).unflatten(1, seen.z.shape[2:])
@@ -79,7 +79,7 @@ def layer_normalised(
 
 
 def uniform_first_attention(n_tokens: int) -> float:
-    """attention_first of a head that attends alike to all it may see: mean of 1/(q+1), q >= 1."""
+    """attention_first of uniform attention: the mean of 1/(q + 1) over q >= 1."""
     shares = [1 / (q + 1) for q in range(1, n_tokens)]
     return sum(shares) / len(shares) if shares else float("nan")
 
@@ -113,7 +113,7 @@ class Measure:
         return seen.real
 
     def at_last(self, token_agg: str) -> bool:
-        """Whether the last token alone is looked at."""
+        """Whether the number is the last token's alone."""
         return self.tokens == "last" or (self.tokens == "agg" and token_agg == "last")
 
 
@@ -170,5 +170,5 @@ MEASURES: dict[str, Measure] = {
     )
 }  # fmt: skip
 FOLLOW_TOKEN_AGG = tuple(name for name, measure in MEASURES.items() if measure.tokens == "agg")
-# What a run holds where nothing is said.
+# The default of `measures`.
 NORMS = (MEASURES["head_output_norm"], MEASURES["head_resid_contrib_norm"])
