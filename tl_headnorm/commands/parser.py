@@ -15,7 +15,9 @@ from tl_headnorm.commands.table import COMMANDS, Command
 from tl_headnorm.errors import InputError, first_line, nearest, unknown
 from tl_headnorm.run.resume import resumed
 
-_UNKNOWN = re.compile(r"does not accept option '([\w.]+)'|unrecognized arguments: (-*)([^=\s]+)")
+_UNKNOWN = re.compile(
+    r"does not accept option '([\w.]+)'|(?:U|u)nrecognized arguments: (-*)([^=\s]+)"
+)
 _WRONG_TYPE = re.compile(r'Parser key "([\w.]+)":? (?:Expected a (.+?)\. Got value: (.*)|(.*))')
 _NONE_FITS = re.compile(r"Union subtypes Subtypes: (.*) Given value: (.*)")
 _ANNOTATED = re.compile(r"Annotated\[((?:[^\[\]]|\[(?:[^\[\]]|\[[^\[\]]*\])*\])+?), ([^\[\]]+)\]")
