@@ -79,7 +79,9 @@ def test_a_run_s_own_array(finished):
     title = heatmap(run["head_resid_contrib_norm_mean"]).layout.title.text
     for piece in ("mean ‖z_h W_O‖", "llama", "arc_challenge test", "n=7", "last token"):
         assert piece in title
-    (trace,) = heatmap(run["head_output_norm_mean"]).data
+    figure = heatmap(run["head_output_norm_mean"])
+    (trace,) = figure.data
+    assert {s.x0 for s in figure.layout.shapes} == {i - 0.5 for i in range(3, 6, 3)}
     std = float(run["head_output_norm_std"][1, 2])
     assert f"<br>std {std:.4g}<br>" in trace.text[1][2]
 

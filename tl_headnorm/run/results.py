@@ -112,7 +112,7 @@ def measures_of(run: xr.Dataset) -> list[str]:
 
 
 def _label(run: xr.Dataset) -> None:
-    """What a figure of the mean needs: title, and the std beside it for the hover text."""
+    """For figures of the means: title, std for the hover text, heads that share keys."""
     model, dataset = run.attrs["model"], run.attrs["dataset"]
     where = "last token" if run.attrs["token_agg"] == "last" else "mean over tokens"
     title = (
@@ -122,7 +122,10 @@ def _label(run: xr.Dataset) -> None:
     for name in measures_of(run):
         # The others say in their formula which tokens they are of.
         at = f" · {where}" if name in FOLLOW_TOKEN_AGG else ""
-        run[f"{name}_mean"].attrs.update(title=title + at, std=run[f"{name}_std"].values)
+        run[f"{name}_mean"].attrs.update(
+            title=title + at, std=run[f"{name}_std"].values,
+            n_key_value_heads=model.get("n_key_value_heads"),
+        )  # fmt: skip
 
 
 def add_samples(
