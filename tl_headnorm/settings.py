@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, Optional, Union
+from typing import Annotated, Any, ClassVar, Literal, Optional, TypeVar, Union
 
 from tl_headnorm.bounds import Bound, Checked, Count, CountFrom0, DirName, OneLine, Size
 from tl_headnorm.errors import InputError, nearest
+
+AnySettings = TypeVar("AnySettings", bound="Settings")
 
 # Groups of settings that commands share: each settings class lists in `uses` those it has.
 STUDY = (
@@ -133,7 +135,7 @@ class Settings(Checked):
         shared = {field.name for field in fields(Settings)} - set(cls.uses)
         return tuple(field.name for field in fields(cls) if field.name not in shared)
 
-    def updated(self, **overrides: Any) -> "Settings":
+    def updated(self: AnySettings, **overrides: Any) -> AnySettings:
         """A copy with some settings changed; an unknown name is refused with the nearest one."""
         known = [f.name for f in fields(self)]
         for name in overrides:

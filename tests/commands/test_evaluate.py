@@ -40,7 +40,9 @@ def by_hugging_face(model, q):
 def test_equals_hugging_face_with_three_four_and_five_options(model, padding_side, n):
     texts = ["stone", "the river bed", "a", "the river", "stones and a river"][:n]
     q = question(texts, labels="12345", key="2")
-    scores = study.score_cloze(model, [q], get_template("cloze"), padding_side=padding_side)
+    scores = study.score_cloze(
+        model, [q], get_template("cloze"), EvaluateSettings(padding_side=padding_side)
+    )
     np.testing.assert_allclose(scores.logprobs[0], by_hugging_face(model, q), atol=2e-4)
     assert scores.characters[0].tolist() == [len(text) for text in texts]
 

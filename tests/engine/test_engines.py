@@ -199,7 +199,7 @@ def test_answers_on_the_bridge_are_hugging_faces(llama_dir, questions_file, scor
     assert evaluate(loaded, questions, settings, progress=False) is not None
     if scoring == "cloze":
         template = get_template("cloze")
-        found = score_cloze(loaded, questions[:2], template, max_length=400).logprobs
+        found = score_cloze(loaded, questions[:2], template, settings).logprobs
         for question, scores in zip(questions[:2], found, strict=True):
             for option, score in zip(question.options, scores, strict=True):
                 assert abs(option_logprob(loaded, template.render(question), option) - score) < 1e-3

@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ def attribute(
     1 tokens, loss and groups  2 scores of every method, batch by batch  3 rollout of tokens
     4 means over samples, and the faults of the sums that methods promise.
     """
-    settings = cast(AttributeSettings, (settings or AttributeSettings()).updated(**overrides))
+    settings = (settings or AttributeSettings()).updated(**overrides)
     started_at, clock = results.now(), time.perf_counter()
     job = open_job(model, questions, settings)
     groups = job.groups()

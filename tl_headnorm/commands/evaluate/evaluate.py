@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +13,8 @@ from tl_headnorm.commands.evaluate.settings import EvaluateSettings
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import Question
-from tl_headnorm.data.templates import get_template
-from tl_headnorm.data.tokens import Encoded, bos_id, common_prefix_length, token_ids
+from tl_headnorm.data.templates import Template, get_template
+from tl_headnorm.data.tokens import Encoded, Tokenizer, bos_id, common_prefix_length, token_ids
 from tl_headnorm.engine.protocol import Start
 from tl_headnorm.errors import InputError
 from tl_headnorm.model.loading import Model
@@ -40,11 +39,9 @@ class ClozeScores:
 def score_cloze(
     model: Model,
     questions: Sequence[Question],
-    template: Any,
+    template: Template,
+    settings: EvaluateSettings = EvaluateSettings(),  # noqa: B008 (frozen)
     *,
-    prepend_bos: bool = True,
-    max_length: int = 384,
-    padding_side: str = "right",
     progress: bool = False,
 ) -> ClozeScores:
     """Sum of log p over the tokens of " " + option text, after the rendered prompt.
@@ -55,14 +52,17 @@ def score_cloze(
     """
     logprobs, characters = [], []
     for question in tqdm(questions, unit="question", disable=not progress, desc="cloze"):
-        rows = _option_rows(model.tokenizer, question, template, prepend_bos, max_length)
-        logprobs.append(_score_options(model, rows, padding_side))
+        rows = _option_rows(
+            model.tokenizer, question, template, settings.prepend_bos,
+            min(settings.max_length, model.n_ctx),
+        )  # fmt: skip
+        logprobs.append(_score_options(model, rows, settings.padding_side))
         characters.append(np.array([len(text) for text in question.options], dtype=np.float64))
     return ClozeScores(logprobs, characters)
 
 
 def _option_rows(
-    tokenizer: Any, question: Question, template: Any, prepend_bos: bool, max_length: int
+    tokenizer: Tokenizer, question: Question, template: Template, prepend_bos: bool, max_length: int
 ) -> list[tuple[tuple[int, ...], int]]:
     """(tokens of prompt + option, where the option begins) for every option."""
     prompt = template.render(question)
@@ -109,40 +109,9 @@ def evaluate(
     letter: argmax of the next-token logits over the options' letters. cloze: `acc`, argmax of
     the summed log-probability of the option's text, and `acc_norm`, the same per character.
     """
+    score = _by_letter if settings.scoring == "letter" else _by_text
+    template, found = score(model, questions, settings, progress)
     answers = np.array([question.answer for question in questions])
-    name = settings.template_name
-    if settings.scoring == "letter":
-        chosen = settings.updated(template_name="arc_mcq_v1" if name == "auto" else name)
-        prepared = prepare(model.tokenizer, model.n_ctx, questions, chosen)
-        found = {
-            "acc": measure_samples(
-                model,
-                prepared.encoded,
-                score=True,
-                progress=progress,
-                batch_size=settings.batch_size,
-                max_batch_tokens=settings.max_batch_tokens,
-                padding_side=settings.padding_side,
-            ).predicted
-        }
-        template = get_template(chosen.template_name, chosen.template)
-    else:
-        if settings.chat:
-            raise InputError(
-                "chat: expected scoring letter, found cloze, which continues a text; use "
-                "--scoring letter or --chat false"
-            )
-        template = get_template("cloze" if name == "auto" else name, settings.template)
-        scores = score_cloze(
-            model,
-            questions,
-            template,
-            prepend_bos=settings.prepend_bos,
-            max_length=min(settings.max_length, model.n_ctx),
-            padding_side=settings.padding_side,
-            progress=progress,
-        )
-        found = {"acc": scores.predicted(False), "acc_norm": scores.predicted(True)}
     correct = {key: guesses == answers for key, guesses in found.items()}
     result = xr.Dataset(
         {f"{key}_predicted": ("sample", guesses) for key, guesses in found.items()}
@@ -157,6 +126,36 @@ def evaluate(
         **{f"{key}_stderr": _standard_error(right) for key, right in correct.items()},
     }
     return result
+
+
+Predictions = tuple[Template, dict[str, np.ndarray]]
+
+
+def _by_letter(
+    model: Model, questions: Sequence[Question], settings: EvaluateSettings, progress: bool
+) -> Predictions:
+    name = settings.template_name
+    settings = settings.updated(template_name="arc_mcq_v1" if name == "auto" else name)
+    prepared = prepare(model.tokenizer, model.n_ctx, questions, settings)
+    found = measure_samples(
+        model, prepared.encoded, score=True, progress=progress, batch_size=settings.batch_size,
+        max_batch_tokens=settings.max_batch_tokens, padding_side=settings.padding_side,
+    )  # fmt: skip
+    return get_template(settings.template_name, settings.template), {"acc": found.predicted}
+
+
+def _by_text(
+    model: Model, questions: Sequence[Question], settings: EvaluateSettings, progress: bool
+) -> Predictions:
+    if settings.chat:
+        raise InputError(
+            "chat: expected scoring letter, found cloze, which continues a text; use "
+            "--scoring letter or --chat false"
+        )
+    name = "cloze" if settings.template_name == "auto" else settings.template_name
+    template = get_template(name, settings.template)
+    scores = score_cloze(model, questions, template, settings, progress=progress)
+    return template, {"acc": scores.predicted(False), "acc_norm": scores.predicted(True)}
 
 
 def _standard_error(correct: np.ndarray) -> float | None:
