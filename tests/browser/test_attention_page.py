@@ -1,7 +1,7 @@
 """The page of `attention` in a browser: keys, clicks, hovering, light and dark, no network."""
 
 import pytest
-from test_report_page import find_chromium
+from chromium import opened
 
 from tl_headnorm.commands.attention.generation import write
 from tl_headnorm.commands.attention.keywords import find_keyword
@@ -26,24 +26,13 @@ def found(shared_data):
 
 
 @pytest.fixture(scope="module")
-def page(found, tmp_path_factory):
-    from playwright.sync_api import sync_playwright
-
+def page(browser, found, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "attention.html"
     data = page_data(*found)
     path.write_text(html(data, title=TEXT, about=TEXT, keywords=TEXT, written=TEXT), "utf-8")
-    faults, requests = [], []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 1300, "height": 1000}, color_scheme="light")
-        opened.on("pageerror", lambda error: faults.append(str(error)))
-        opened.on("request", lambda request: requests.append(request.url))
-        opened.goto(path.as_uri())
-        opened.wait_for_function("document.querySelectorAll('#scores canvas').length > 3")
-        yield opened
-        browser.close()
-    assert not faults
-    assert all(url.startswith(("file:", "data:", "blob:")) for url in requests)
+    drawn = "document.querySelectorAll('#scores canvas').length > 3"
+    with opened(browser, path, wait=drawn, color_scheme="light") as seen:
+        yield seen.page
 
 
 def shown(page):

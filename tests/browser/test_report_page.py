@@ -1,15 +1,12 @@
 """The report in a real browser: from disk, with the network blocked, by pointer and by keyboard."""
 
 import json
-import os
-import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from chromium import find_chromium, opened
 from made_runs import asked, made_run, question
 
 from tl_headnorm import load_run
@@ -17,94 +14,6 @@ from tl_headnorm.commands.report.page import report_html
 from tl_headnorm.commands.report.texts import Texts
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(2)>"
-FAR = 20_000  # milliseconds: machines that run tests may be busy
-
-
-def find_chromium(names=("chromium", "chromium-browser", "google-chrome")):
-    """Where the browser is. In CI its absence fails the tests; elsewhere it skips them."""
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    text = "expected Debian's chromium for the tests of report.html, found none on PATH"
-    if os.environ.get("CI"):
-        pytest.fail(f"{text}; install it: apt-get install chromium")
-    pytest.skip(text)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    path = find_chromium()
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield found
-        found.close()
-
-
-@dataclass
-class Seen:
-    """A page and what happened while it was open."""
-
-    page: object
-    requests: list = field(default_factory=list)
-    faults: list = field(default_factory=list)
-
-    def text(self, selector):
-        return self.page.locator(selector).inner_text()
-
-    def at(self, layer, head, measure=0):
-        """The middle of a cell, on the screen."""
-        map_ = self.page.locator(f"#map-{measure}")
-        map_.scroll_into_view_if_needed()
-        box = map_.locator(".nsewdrag").bounding_box()
-        n_layers, n_heads = self.page.evaluate("[headReport.data.layers, headReport.data.heads]")
-        return (
-            box["x"] + (head + 0.5) * box["width"] / n_heads,
-            box["y"] + (layer + 0.5) * box["height"] / n_layers,
-        )
-
-    def head_is(self, layer, head):
-        self.page.wait_for_function(
-            "(name) => document.getElementById('head-name').textContent === name",
-            arg=f"Layer {layer}, head {head}",
-            timeout=FAR,
-        )
-
-    def column(self, number):
-        """The texts of a column of the rows that are drawn."""
-        return self.page.locator(
-            f"#table tbody tr:not(.space) td:nth-child({number})"
-        ).all_inner_texts()
-
-
-@contextmanager
-def opened(browser, path, *, wait=True, **context):
-    """Open a file with the network blocked twice over; afterwards nothing may have gone wrong."""
-    made = browser.new_context(offline=True, viewport={"width": 1400, "height": 900}, **context)
-    made.set_default_timeout(FAR)
-    made.route(
-        "**/*",
-        lambda route: route.continue_() if route.request.url.startswith("file:") else route.abort(),
-    )
-    page = made.new_page()
-    seen = Seen(page)
-    page.on("request", lambda request: seen.requests.append(request.url))
-    page.on("pageerror", lambda error: seen.faults.append(str(error)))
-    page.on("dialog", lambda dialog: (seen.faults.append(dialog.message), dialog.dismiss()))
-    page.on("console", lambda said: seen.faults.append(said.text)
-            if said.type in ("error", "warning") else None)  # fmt: skip
-    try:
-        page.goto(Path(path).resolve().as_uri())
-        if wait:
-            page.wait_for_function("window.headReport")
-        yield seen
-    finally:
-        made.close()
-    if wait:
-        assert seen.faults == []
-        assert [u for u in seen.requests if not u.startswith(("file:", "data:,"))] == []
-        assert seen.requests
 
 
 def write_page(folder, run, questions=None, **more):
@@ -135,7 +44,7 @@ def test_without_a_browser_ci_fails_and_others_skip(monkeypatch):
 def test_the_guards_can_fail(browser, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text('<script src="https://example.org/x.js"></script><script>alert(1)</script>')
-    with opened(browser, bad, wait=False) as seen:
+    with opened(browser, bad, wait="") as seen:
         pass
     assert "https://example.org/x.js" in seen.requests
     assert any("ERR_" in fault for fault in seen.faults)
