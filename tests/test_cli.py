@@ -1,6 +1,7 @@
 """The command line: help, settings files, overrides, refusals, and what is on stdout."""
 
 import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import yaml
 from conftest import ROOT
 
 import tl_headnorm.commands.collect.command
+from tl_headnorm.bounds import Checked
 from tl_headnorm.cli import COMMANDS, parse
 from tl_headnorm.commands.parser import check_config
 from tl_headnorm.errors import InputError
@@ -40,6 +42,19 @@ def test_help_is_quick_and_narrow(command):
     assert max(map(len, text.splitlines())) <= 80
     for name in COMMANDS if command is None else [COMMANDS[command].help.split()[0]]:
         assert name in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_is_found_by_its_name(name):
+    """Its folder holds the settings' class and the function that the table looks up."""
+    assert issubclass(COMMANDS[name].settings, Checked)
+    module = importlib.import_module(f"tl_headnorm.commands.{name}.command")
+    assert callable(getattr(module, f"run_{name}"))
+
+
+def test_no_folder_without_a_line():
+    folders = {p.parent.name for p in (ROOT / "tl_headnorm" / "commands").glob("*/command.py")}
+    assert folders == set(COMMANDS)
 
 
 def test_import_loads_nothing_heavy():
