@@ -42,7 +42,7 @@ def cache_dir() -> Path:
 
 
 def cached(name: str) -> Path:
-    """Where a fetched model lies, whether or not it is there."""
+    """The path of a fetched model in the cache, whether or not it exists."""
     return cache_dir() / "models" / DOWNLOADS[name].file_name
 
 

@@ -11,7 +11,7 @@ from tl_headnorm.errors import InputError, first_line
 
 
 def chat_template_sha256(tokenizer: Tokenizer) -> str:
-    """Which chat template a run used."""
+    """Digest of the chat template, for meta.json."""
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 

@@ -29,7 +29,7 @@ class Encoded:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is used of Hugging Face's `PreTrainedTokenizerBase`."""
+    """The part of Hugging Face's `PreTrainedTokenizerBase` that is used."""
 
     bos_token: str | None
     bos_token_id: int | None

@@ -72,7 +72,7 @@ class Weights:
 
     @cached_property
     def flat(self) -> Float[Tensor, "d_model channel"]:
-        """W_O as one matrix, heads side by side: a view of Hugging Face's own layout."""
+        """W_O as one matrix, heads concatenated: a view of Hugging Face's own layout."""
         return rearrange(self.W_O, "head d_head d_model -> d_model (head d_head)")
 
 

@@ -33,7 +33,7 @@ PATTERN_BYTES = 24
 
 @dataclass(frozen=True)
 class How:
-    """How prompts are measured: what is taken of them, and the ways that make it fast."""
+    """Measurement options: aggregation, batching, prefix caching."""
 
     token_agg: str = "last"
     exclude_first_token: bool = False
@@ -55,7 +55,7 @@ class How:
 
     @property
     def everywhere(self) -> bool:
-        """Whether all queries are looked at, or the last one alone."""
+        """Whether all queries are computed, or the last one alone."""
         looked_at = {"pattern", "v"} & set(self.reads)
         return bool(looked_at) or any(not m.at_last(self.token_agg) for m in self.measures)
 

@@ -1,4 +1,4 @@
-"""Which measures a run takes: by name, or from a Python file of the user's own."""
+"""Measures of a run by name, or from a Python file of the user's own."""
 
 import importlib.util
 import re

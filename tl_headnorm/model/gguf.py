@@ -67,7 +67,7 @@ def load_gguf(
 
 
 def record(source: str) -> dict[str, Any]:
-    """What meta.json says of the file: its name, how many tensors of each type, its digest."""
+    """The file's entry in meta.json: name, number of tensors of each type, SHA-256."""
     path = _existing(source)
     types = Counter(tensor.type_name for tensor in read_header(path).tensors.values())
     return {
@@ -210,7 +210,7 @@ def rope_parameters(header: Header, keys: _Keys, d_head: int) -> dict[str, Any]:
 
 
 def llama3_factors(rope: dict[str, Any], d_head: int) -> np.ndarray:
-    """What LLaMA 3's scaling divides each of the d_head / 2 frequencies by."""
+    """LLaMA 3's divisor of each of the d_head / 2 rotary frequencies."""
     wave = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, d_head, 2) / d_head)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     context, factor = rope["original_max_position_embeddings"], rope["factor"]

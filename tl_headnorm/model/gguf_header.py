@@ -28,7 +28,7 @@ LONGEST_NAME, LONGEST_TEXT, LONGEST_ARRAY = 1 << 16, 1 << 24, 1 << 22
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in the file; its shape as torch has it (the fastest axis last)."""
+    """A tensor's offset in the file and its shape in torch's order (fastest axis last)."""
 
     name: str
     shape: tuple[int, ...]

@@ -70,7 +70,7 @@ def check_model(model: Model) -> dict[str, float]:
 
 
 def not_finite(model: Model, z: Mapping[int, Tensor]) -> str:
-    """Where NaN or infinity shows first: layer and heads, and the tensor it is from."""
+    """The first layer and heads with NaN or infinity, and the weights they come from."""
     tensor = next((n for n, p in model.hf.named_parameters() if not p.isfinite().all()), None)
     why = f"the tensor {tensor} holds such numbers: mend the weights"
     if tensor is None:

@@ -1,1 +1,1 @@
-"""`bench`: throughput side by side."""
+"""`bench`: throughput of several implementations."""

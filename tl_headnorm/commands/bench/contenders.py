@@ -1,4 +1,4 @@
-"""The ways to the same numbers that `bench` runs side by side."""
+"""Contenders of `bench`: implementations of the same numbers."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ OUTPUT, CONTRIBUTION = "head_output_norm", "head_resid_contrib_norm"
 
 @dataclass
 class Bench:
-    """What the contenders share: one set of weights, the settings, the prompts."""
+    """Shared by the contenders: one set of weights, the settings, the prompts."""
 
     model: Model
     settings: BenchSettings

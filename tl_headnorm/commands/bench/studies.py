@@ -1,4 +1,4 @@
-"""What `bench --task attribution` and `--task ablation` run side by side.
+"""Contenders of `bench --task attribution` and `--task ablation`.
 
 The plain ways are written with TransformerLens' own hooks on its own layout of the weights: one
 pass per step of the integral, one full forward per head.

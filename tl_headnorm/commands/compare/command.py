@@ -1,4 +1,4 @@
-"""What `compare` does, from two run directories to files."""
+"""`compare`: from two run directories to tables, figures and pages."""
 
 import warnings
 from pathlib import Path

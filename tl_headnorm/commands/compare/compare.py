@@ -1,4 +1,4 @@
-"""Two runs side by side: what every head does in the one and in the other."""
+"""Differences between two runs, per measure and head, with tests and cautions."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ Grid = Float[np.ndarray, "layer head"]
 def compare(
     run_a: xr.Dataset, run_b: xr.Dataset, *, names: tuple[str, str] = ("A", "B")
 ) -> xr.Dataset:
-    """What changed from run A to run B, per measure and head.
+    """Change from run A to run B, per measure and head.
 
     Where both runs hold values per sample and share samples (same id, same right answer), only
     those count and every sample is its own control: with d_i = b_i - a_i over the n pairs,
@@ -234,7 +234,7 @@ def spearman(rank_a: Grid, rank_b: Grid) -> float | None:
 
 
 def _in_words(out: xr.Dataset, name: str, run: xr.Dataset, step: float) -> dict[str, Any]:
-    """What a page says of one measure: formula, unit, agreement of the ranks, rounding."""
+    """One measure's entry on the page: formula, unit, Spearman correlation, rounding step."""
     one, text = out.sel(measure=name), run[f"{name}_mean"].attrs
     return {
         "formula": text.get("formula", name),
@@ -294,7 +294,7 @@ def find_cautions(
     pairs: tuple[np.ndarray, np.ndarray] | None,
     names: tuple[str, str] = ("A", "B"),
 ) -> list[str]:
-    """What else than the heads differs between the runs, a line each."""
+    """Differences between the runs other than the heads, a line each."""
     a, b = _flat(run_a.attrs), _flat(run_b.attrs)
 
     def both(*keys: str) -> str | None:
@@ -330,7 +330,7 @@ def find_cautions(
 def _tokens_differ(
     run_a: xr.Dataset, run_b: xr.Dataset, pairs: Any, both: Any, other_prompt: bool
 ) -> str | None:
-    """How the runs' tokens differ beyond what another prompt explains."""
+    """A difference in tokens that another prompt does not explain."""
     answers = [
         (key, run_a.attrs["answer_tokens"][key], run_b.attrs["answer_tokens"][key])
         for key in run_a.attrs.get("answer_tokens", {})

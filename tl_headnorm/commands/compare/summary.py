@@ -75,7 +75,7 @@ def movers_text(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _differing(attrs: Mapping[str, Any]) -> pd.DataFrame:
-    """What the records of the runs differ in, long values cut."""
+    """Differing entries of the runs' records, long values cut."""
 
     def text(value: Any) -> str | None:
         shown = None if value is None else str(value)
