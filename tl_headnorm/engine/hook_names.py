@@ -32,12 +32,12 @@ def pattern(layer: int) -> str:
 
 
 def attn_out(layer: int) -> str:
-    """What attention adds to the residual stream, [batch, pos, d_model]."""
+    """Attention's output, added to the residual stream, [batch, pos, d_model]."""
     return f"blocks.{layer}.hook_attn_out"
 
 
 def mlp_out(layer: int) -> str:
-    """What the MLP adds to the residual stream, [batch, pos, d_model]."""
+    """The MLP's output, added to the residual stream, [batch, pos, d_model]."""
     return f"blocks.{layer}.hook_mlp_out"
 
 

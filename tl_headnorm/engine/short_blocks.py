@@ -51,7 +51,7 @@ class _Layout:
 
 
 class Shared:
-    """What the blocks of one model share: the layout of the pass and the tail asked for."""
+    """State shared by a model's blocks: the layout of the pass and the requested tail."""
 
     def __init__(self) -> None:
         self.layout: _Layout | None = None

@@ -14,9 +14,9 @@ from tl_headnorm.model.loading import Model
 
 @dataclass(frozen=True)
 class Step:
-    """What is known before a new token is chosen: the rows so far and the logits after them.
+    """State before a token is sampled: the rows so far and the logits after them.
 
-    `ids` are prompt (padding included) and new tokens: what transformers hands a LogitsProcessor.
+    `ids` are prompt (padding included) and new tokens, as in a transformers LogitsProcessor.
     """
 
     number: int

@@ -1,4 +1,4 @@
-"""What a head's z usually is, from other samples: what mean, resample and gaussian put in."""
+"""Reference activations for mean, resample and Gaussian ablation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ def replacement(
     reference: Reference | None,
     seed: int = 0,
 ) -> Float[Tensor, "#batch #pos #head #d_head"]:
-    """What takes the place of z in one layer, broadcastable to [batch, pos, head, d_head].
+    """The replacement of z in one layer, broadcastable to [batch, pos, head, d_head].
 
     Random draws go by (seed, sample, layer), so neither batches nor padding change them, and
     all heads' variants of one sample see the same draw.

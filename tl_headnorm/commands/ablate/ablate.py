@@ -1,4 +1,4 @@
-"""What is lost without a head, a set of heads, or MLPs: answers, loss, perplexity."""
+"""Answers, loss and perplexity without a head, a set of heads, or MLPs."""
 
 import time
 from collections.abc import Sequence

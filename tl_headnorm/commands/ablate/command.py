@@ -1,4 +1,4 @@
-"""What `ablate` does, from settings to files, and what the studies' commands share."""
+"""`ablate`, from settings to files."""
 
 import time
 from pathlib import Path

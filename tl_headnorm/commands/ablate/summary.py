@@ -50,7 +50,7 @@ def _method(rows: pd.DataFrame, answers: bool) -> dict[str, Any]:
 
 
 def _sets_table(sets: pd.DataFrame, answers: bool) -> pd.DataFrame:
-    """What each set's removal changes; accuracy lost is negative."""
+    """Effects of each set's removal; accuracy lost is negative."""
     text = pd.DataFrame({"removed": sets["set"]})
     if answers:
         text["accuracy"] = sets["accuracy"].map("{:.1%}".format)

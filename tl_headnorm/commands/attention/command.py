@@ -1,4 +1,4 @@
-"""What `attention` does, from settings to files."""
+"""`attention`, from settings to files."""
 
 import time
 from collections.abc import Mapping, Sequence

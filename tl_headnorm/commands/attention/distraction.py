@@ -88,7 +88,7 @@ def _within(at: int, spans: Sequence[Span]) -> bool:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model says next: probabilities of the letters, or of the likeliest tokens."""
+    """Next-token probabilities: of the letters, or of the likeliest tokens."""
 
     names: tuple[str, ...]
     probabilities: tuple[float, ...]

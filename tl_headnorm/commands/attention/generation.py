@@ -1,4 +1,4 @@
-"""What heads look at while the model writes: one row of attention per new token."""
+"""Attention during generation: one row of the pattern per new token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

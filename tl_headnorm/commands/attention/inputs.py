@@ -1,4 +1,4 @@
-"""What `attention` looks at: a prompt, a question of a dataset, or the prompts of a file."""
+"""Inputs of `attention`: a prompt, a question of a dataset, or the prompts of a file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -73,7 +73,7 @@ def score_maps(run: xr.Dataset) -> dict[str, dict[str, Any]]:
 
 
 def keyword_entries(run: xr.Dataset, keywords: Sequence[Any]) -> list[dict[str, Any]]:
-    """What the page says of every keyword: its tokens, and the heads by weight."""
+    """Each keyword's entry on the page: its tokens, and the heads by weight."""
     found = []
     for i, word in enumerate(keywords):
         grid = run["focus"].isel(keyword=i).mean("query").values

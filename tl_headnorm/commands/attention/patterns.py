@@ -30,7 +30,7 @@ HEADS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is looked at: layers, heads kept whole (None: as many as fit), memory for them."""
+    """Requested patterns: layers, heads with full patterns (None: as many as fit), their memory."""
 
     layers: tuple[int, ...]
     heads: Heads | None = None

@@ -35,7 +35,7 @@ def summary(
 
 
 def keyword_sentences(run: xr.Dataset, keywords: Sequence[Keyword]) -> str:
-    """What each keyword matched, and which heads attend to it."""
+    """Each keyword's matches, and the heads that attend to it."""
     words = [_keyword(run, word) for word in keywords]
     return render("commands/attention/keywords.md.j2", keywords=words, quoted=quoted).strip()
 

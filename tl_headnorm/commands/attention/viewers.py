@@ -1,4 +1,4 @@
-"""What other viewers of attention take, for notebooks; none of them is needed here."""
+"""Arguments for other attention viewers in notebooks; none of them is required."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What `attribute` does, from settings to files."""
+"""`attribute`, from settings to files."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What `inactive` does, from settings to files."""
+"""`inactive`, from settings to files."""
 
 import time
 from functools import partial

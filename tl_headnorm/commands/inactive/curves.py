@@ -29,7 +29,7 @@ Plan = tuple[str, str, str, int, Sequence[Intervention]]
 
 @dataclass(frozen=True)
 class Curve:
-    """What a score, a mode and a replacement leave at every share, sample by sample.
+    """Per-sample results of a score, mode and replacement at every share of heads.
 
     `off` is the share of heads that really were off, per sample. Of random choices `number`
     tells one from the next.

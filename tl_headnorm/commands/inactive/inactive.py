@@ -42,7 +42,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Found:
-    """What the experiment gave."""
+    """Results of the experiment."""
 
     scores: list[Score]
     curves: list[Curve]

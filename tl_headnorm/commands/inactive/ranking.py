@@ -85,7 +85,7 @@ def draws_of(n: int, repeats: int, seed: int) -> Float[np.ndarray, "draw sample"
 
 @dataclass(frozen=True)
 class Boot:
-    """What every draw of samples makes of a choice."""
+    """Bootstrap replicates of one candidate."""
 
     accuracy_area: Float[np.ndarray, " draw"]
     loss_area: Float[np.ndarray, " draw"]

@@ -1,4 +1,4 @@
-"""What `massive` does, from settings to files."""
+"""`massive`, from settings to files."""
 
 import time
 from dataclasses import replace

@@ -38,7 +38,7 @@ class Inputs:
 
 @dataclass
 class _Entry:
-    """What is known of one massive dimension in one layer."""
+    """One massive dimension in one layer."""
 
     n_sequences: int = 0
     values: list[float] = field(default_factory=list)

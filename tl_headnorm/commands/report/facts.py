@@ -1,4 +1,4 @@
-"""What the page says of a run as a whole, from its record."""
+"""Facts and warnings about a run, from its record, for the page."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence

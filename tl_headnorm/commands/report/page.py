@@ -65,7 +65,7 @@ def report_html(
 
 
 def _record(run: xr.Dataset) -> dict[str, Any]:
-    """What the page says of the run as a whole."""
+    """The run's own entry on the page."""
     meta = run.attrs
     return {
         "title": facts.title_of(meta),

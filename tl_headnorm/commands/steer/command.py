@@ -1,4 +1,4 @@
-"""What `steer` does, from settings to files."""
+"""`steer`, from settings to files."""
 
 import json
 import time
@@ -59,7 +59,7 @@ class _Asked:
 
 @dataclass
 class _Found:
-    """What a run of questions, texts or both gave, before anything is written."""
+    """Results of questions, texts or both, before anything is written."""
 
     tables: dict[str, pd.DataFrame]
     samples: pd.DataFrame | None

@@ -171,7 +171,7 @@ def _answers(
 
 
 def continuation(tokenizer: Any, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """What was written, spaces at its beginning kept as they are after the prompt."""
+    """The generated text, with its leading spaces."""
     whole = tokenizer.decode([*prompt, *new], skip_special_tokens=True)
     return whole[len(tokenizer.decode(list(prompt), skip_special_tokens=True)) :]
 
