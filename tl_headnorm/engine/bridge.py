@@ -135,11 +135,15 @@ def beginning_at(bridge: Any, layer: int, resid: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def skipping_below(bridge: Any, layer: int) -> Iterator[None]:
-    """While inside, the blocks below `layer` give their input back; nothing of them is computed."""
+def skipping_below(bridge: Any, layer: int, n_outputs: int) -> Iterator[None]:
+    """While inside, the blocks below `layer` give their input back; nothing of them is computed.
+
+    `n_outputs`: length of the tuple that a block returns, 0 for a bare tensor.
+    """
 
     def give_back(*args: Any, **kwargs: Any) -> Any:
-        return args[0] if args else kwargs["hidden_states"]
+        resid = args[0] if args else kwargs["hidden_states"]
+        return (resid, *[None] * (n_outputs - 1)) if n_outputs else resid
 
     skipped = list(bridge.blocks)[:layer]
     for block in skipped:  # past torch's and the bridge's own __setattr__
@@ -199,8 +203,8 @@ class BridgeEngine(Engine):
 
     def __init__(self, tl: Any) -> None:
         self.tl = tl
-        # Whether blocks return a tensor and no tuple: noted in the first pass.
-        self._plain_blocks: bool | None = None
+        # Length of the tuple that a block returns, 0 for a bare tensor: noted in the first pass.
+        self._n_outputs: int | None = None
 
     @property
     def _config(self) -> Any:
@@ -258,8 +262,8 @@ class BridgeEngine(Engine):
         with ExitStack() as stack:
             if start.resid is not None:
                 stack.enter_context(beginning_at(self.tl, start.layer, start.resid))
-                if self._plain_blocks and self.starts_late:
-                    stack.enter_context(skipping_below(self.tl, start.layer))
+                if self._n_outputs is not None and self.starts_late:
+                    stack.enter_context(skipping_below(self.tl, start.layer, self._n_outputs))
             self._end(stack, tail, stop)
             resid = self.tl(rows.ids, attention_mask=rows.mask, **(rows.cache or NO_CACHE))
         return rows.of_caller("", resid)
@@ -270,10 +274,10 @@ class BridgeEngine(Engine):
             stack.enter_context(stopping_after_last_z(self.tl))
         else:
             stack.enter_context(stopping_before(self.tl, self.n_layers if stop is None else stop))
-        if self._plain_blocks is None:
+        if self._n_outputs is None:
 
             def note(block: Any, args: Any, output: Any) -> None:
-                self._plain_blocks = isinstance(output, Tensor)
+                self._n_outputs = len(output) if isinstance(output, tuple) else 0
 
             stack.callback(self.tl.blocks[0].register_forward_hook(note).remove)
 
@@ -380,6 +384,13 @@ class BridgeEngine(Engine):
         centred = not norm.uses_rms_norm
         offset = not centred and getattr(self.cfg, "rmsnorm_uses_offset", False)  # Gemma: 1 + w
         return FinalNorm(norm.original_component.weight + int(offset), self.cfg.eps, centred)
+
+    @property
+    def logit_factor(self) -> float:
+        config = self._config
+        return float(getattr(config, "logit_scale", None) or 1) / float(
+            getattr(config, "logits_scaling", None) or 1
+        )
 
     def head_sum_name(self, layer: int) -> str:
         return f"blocks.{layer}.attn.hook_out"

@@ -301,10 +301,16 @@ class Engine(Protocol):
 
     def logits(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos vocab"]:
         """Final norm and unembedding of residual vectors."""
-        return self._capped(self.tl.unembed(self.tl.ln_final(resid)))
+        return self._finished(self.tl.unembed(self.tl.ln_final(resid)))
 
-    def _capped(self, logits: Tensor) -> Tensor:
-        """Gemma 2 bends its logits after the unembedding."""
+    @property
+    def logit_factor(self) -> float:
+        """Factor of the logits behind the unembedding (Granite, Cohere)."""
+        return 1.0
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """Logits as the model gives them: scaled (Granite, Cohere) and bent (Gemma 2)."""
+        logits = logits if self.logit_factor == 1 else logits * self.logit_factor
         cap = getattr(self.cfg, "output_logits_soft_cap", None)
         return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
 
@@ -324,7 +330,7 @@ class Engine(Protocol):
         logits = torch.einsum("bm,bom->bo", final.to(wide), columns.to(wide))
         if unembed.b_U is not None:
             logits = logits + unembed.b_U.to(final.device)[token_ids].to(wide)
-        return self._capped(logits)
+        return self._finished(logits)
 
     def answer_directions(
         self,
@@ -346,6 +352,7 @@ class Engine(Protocol):
         others = (option < n_options[:, None]) & ~right
         weight = right.to(wide) - others.to(wide) / others.sum(1, keepdim=True).clamp_min(1)
         direction = torch.einsum("bo,bom->bm", weight, columns) * norm.weight.to(columns)
+        direction = direction * self.logit_factor
         if norm.centred:  # <x - mean(x), u> = <x, u - mean(u)>
             direction = direction - direction.mean(-1, keepdim=True)
         return direction.to(self.device)
@@ -359,17 +366,26 @@ class Engine(Protocol):
 
 
 def layer_readers(n_layers: int, reads: Sequence[str], on_layer: OnLayer) -> list[Hook]:
-    """Hooks that gather a layer's activations and report them at z, the last to fire."""
-    held: dict[str, Tensor] = {}
+    """Hooks that gather a layer's activations and report them when the last of them is there.
+
+    That is z, but in families whose attention is Hugging Face's own: there the pattern comes
+    behind z, which can then no longer be replaced. Raises InputError where that is tried.
+    """
+    held: dict[int, dict[str, Tensor]] = {}
 
     def reader(layer: int, name: str) -> Callable[[Tensor, Any], Tensor | None]:
         def read(value: Tensor, hook: Any) -> Tensor | None:
-            held[name] = value
-            if name != "z":
+            found = held.setdefault(layer, {})
+            found[name] = value
+            if len(found) < len(reads):
                 return None
-            found = dict(held)
-            held.clear()
-            return on_layer(layer, found)
+            new = on_layer(layer, held.pop(layer))
+            if new is not None and name != "z":
+                raise InputError(
+                    f"engine: expected z to be the last of what is read of a layer, found {name} "
+                    "behind it in this family; read z alone to replace it"
+                )
+            return new
 
         return read
 

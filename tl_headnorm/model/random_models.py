@@ -94,12 +94,12 @@ FAMILY_MODELS = {
 
 
 def family_model(
-    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+    name: str | FamilyModel, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> Any:
     """A small random Hugging Face model of a family; biases and norms random too."""
     import transformers
 
-    family = FAMILY_MODELS[name]
+    family = FAMILY_MODELS[name] if isinstance(name, str) else name
     settings: dict[str, Any] = {
         "vocab_size": 97,
         "hidden_size": 42,
@@ -118,6 +118,8 @@ def family_model(
     model = getattr(transformers, family.architecture)(config).to(dtype).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            shift = 0.0 if parameter_name.endswith("bias") or name == "gemma2" else 1.0
+            shift = (
+                0.0 if parameter_name.endswith("bias") or family.config.startswith("Gemma") else 1.0
+            )
             torch.nn.init.normal_(parameter, mean=shift, std=0.3)
     return model.requires_grad_(False)
