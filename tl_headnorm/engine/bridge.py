@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_headnorm.engine import hook_names
+from tl_headnorm.engine import hook_names, short_attention
 from tl_headnorm.engine.positions import take_position
 from tl_headnorm.engine.protocol import (
     CachedPass,
@@ -81,6 +81,7 @@ def build_bridge(hf_model: Any, tokenizer: Any) -> Any:
     places = {p.device for p in inner.parameters()}
     bridge.cfg.n_devices = len(places)
     bridge.tokenizer = tokenizer
+    short_attention.install(bridge)
     return bridge.eval().requires_grad_(False)
 
 

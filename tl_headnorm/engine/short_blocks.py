@@ -128,7 +128,7 @@ def _attention(
     repeats = attn.cfg.n_heads // k.shape[2]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
-    if _watched(attn.hook_pattern):
+    if watched(attn.hook_pattern):
         return attn.hook_z(_by_pattern(attn, q, k, v, allowed, layout.real_keys))
     z = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -156,7 +156,7 @@ def _by_pattern(
     return torch.einsum("bhqk,bkhd->bqhd", pattern.to(v.dtype), v)
 
 
-def _watched(point: Any) -> bool:
+def watched(point: Any) -> bool:
     return bool(point._forward_hooks or point._backward_hooks)
 
 
@@ -182,9 +182,9 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
 
 def _usable(block: Any, past: Any, mask: Tensor | None, cut: bool) -> bool:
     """Whether nothing but FIRED is watched and the pass is of the kind computed here."""
-    if mask is None or any(map(_watched, block.silent)):
+    if mask is None or any(map(watched, block.silent)):
         return False
-    if cut and _watched(block.attn.hook_pattern):
+    if cut and watched(block.attn.hook_pattern):
         return False  # whoever looks at the pattern sees all of it
     cfg = block.cfg
     if cfg.use_attn_result or cfg.use_split_qkv_input or cfg.use_attn_in or cfg.use_hook_mlp_in:
