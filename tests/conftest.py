@@ -217,3 +217,16 @@ def flags(small, tmp_path):
     from hostile import merged_flags
 
     return lambda changes: merged_flags(small, tmp_path, changes)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, for the tests of pages."""
+    from chromium import find_chromium
+    from playwright.sync_api import sync_playwright
+
+    path = find_chromium()
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()

@@ -236,7 +236,7 @@ function tableOf(head, rows, heads) {
 function limits(map) {
   const all = map.values.flat().filter((v) => v !== null);
   const most = Math.max(...all.map(Math.abs), 1e-9);
-  return map.signed ? [-most, most] : map.from_zero ? [0, most] : [Math.min(...all), most];
+  return map.signed ? [-most, most] : [0, most];
 }
 function tone(map, [low, high], v) {
   return v === null ? [128, 128, 128] : colour((v - low) / (high - low || 1), map.signed ? CHANGE : STOPS);

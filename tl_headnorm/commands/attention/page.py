@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tl_headnorm.commands.attention.patterns import foremost
+from tl_headnorm.commands.attention.generation import Writing
+from tl_headnorm.commands.attention.keywords import Keyword, ranked
+from tl_headnorm.commands.attention.patterns import Look, foremost
 from tl_headnorm.plots.page import packed
 from tl_headnorm.plots.templates import render, script_json
 
@@ -48,11 +50,10 @@ def _numbers(grid: np.ndarray) -> list[list[float | None]]:
 def score_map(
     label: str, grid: np.ndarray, uniform: float | None, group: str, *, signed: bool = False
 ) -> dict[str, Any]:
-    """A map of layers by heads for the page; entropy alone does not begin at 0."""
+    """A map of layers by heads for the page, from 0 or, signed, around 0."""
     return {
         "label": label, "values": _numbers(grid), "group": group, "signed": signed,
         "uniform": None if uniform is None or np.isnan(uniform) else float(uniform),
-        "from_zero": True,
     }  # fmt: skip
 
 
@@ -72,29 +73,23 @@ def score_maps(run: xr.Dataset) -> dict[str, dict[str, Any]]:
     return maps
 
 
-def keyword_entries(run: xr.Dataset, keywords: Sequence[Any]) -> list[dict[str, Any]]:
-    """Each keyword's entry on the page: its tokens, and the heads by weight."""
-    found = []
-    for i, word in enumerate(keywords):
-        grid = run["focus"].isel(keyword=i).mean("query").values
-        order = np.argsort(-grid, axis=None, kind="stable")[:RANKED]
-        layers, heads = np.unravel_index(order, grid.shape)
-        names = run["layer"].values
-        found.append(
-            {
-                "text": word.text, "positions": list(word.positions),
-                "uniform": float(run["focus"].coords["uniform"].isel(keyword=i).mean()),
-                "ranked": [
-                    [int(names[a]), int(b), float(grid[a, b])]
-                    for a, b in zip(layers, heads, strict=True)
-                ],
-            }
-        )  # fmt: skip
-    return found
+def keyword_entries(run: xr.Dataset, keywords: Sequence[Keyword]) -> list[dict[str, Any]]:
+    """Every keyword's tokens, and the heads with the most weight on it."""
+    return [
+        {
+            "text": word.text,
+            "positions": list(word.positions),
+            "uniform": float(run["focus"].coords["uniform"].isel(keyword=i).mean()),
+            "ranked": ranked(run["focus"], word.text)[:RANKED],
+        }
+        for i, word in enumerate(keywords)
+    ]
 
 
-def page_data(found: Any, writing: Any = None, distraction: Sequence[Any] = ()) -> dict[str, Any]:
-    """Everything the page's script reads. `found` is a Look, `writing` a Writing."""
+def page_data(
+    found: Look, writing: Writing | None = None, distraction: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Everything the page's script reads; `distraction` are maps of changes."""
     run, n = found.run, len(found.labels)
     room = int(MOST_BYTES // (n * (n + 1))) - len(found.means)
     whole = [pair for pair in foremost(run) if pair in found.kept][: max(1, room)]
