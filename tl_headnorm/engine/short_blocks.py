@@ -95,10 +95,14 @@ def rotate(x: Float[Tensor, "b p h d"], cos: Tensor, sin: Tensor) -> Float[Tenso
 
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """TransformerLens' RMSNorm, in the same order of roundings, without its hook points."""
+    """RMSNorm in Hugging Face's order of roundings, so that bf16 rounds as it does, bit for bit.
+
+    TransformerLens divides by sqrt(mean x^2 + eps) where Hugging Face multiplies by rsqrt: in
+    float32 the last bit, which now and then is another bf16 number after the cast.
+    """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    scale = (wide.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
-    return (wide / scale).to(x.dtype) * norm.w
+    scale = (wide.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt()
+    return (wide * scale).to(x.dtype) * norm.w
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Float[Tensor, "b p h d"]:
