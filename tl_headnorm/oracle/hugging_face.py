@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tl_headnorm.data.batches import Batch, batches_in_order
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
+from tl_headnorm.oracle import precision
 from tl_headnorm.settings import Settings
 from tl_headnorm.stats import Moments
 
@@ -189,42 +190,63 @@ def validate(
     settings: Settings,
     limit: int = -1,
     *,
+    reference_dtype: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Compare a run with Hugging Face on its first `limit` samples (-1: all).
 
     `encoded` are the prompts of the run, in its order. Returns, per measure, the worst
-    differences per sample and of mean and std, each with its place, and `passed` against the
-    tolerance of the dtype.
+    differences per sample and of mean and std, each with its place, and `passed`: against the
+    tolerance of the dtype or, in bf16 and fp16, by the errors of both against float32.
     """
     chosen = encoded if limit < 0 else encoded[:limit]
     names = comparable([str(name) for name in run.data_vars])
-    reference = measure_samples(
-        model.hf,
-        chosen,
-        batch_size=settings.batch_size,
-        padding_side=settings.padding_side,
-        token_agg=settings.token_agg,
-        exclude_first_token=settings.exclude_first_token,
-        progress=progress,
-    )
-    per_sample, of_means = TOLERANCE[model.info.dtype]
-    measures = {
-        name: _compare_measure(run[name].values[: len(chosen)].astype(np.float64), reference[name])
-        for name in names
+    how: dict[str, Any] = {
+        "batch_size": settings.batch_size,
+        "padding_side": settings.padding_side,
+        "token_agg": settings.token_agg,
+        "exclude_first_token": settings.exclude_first_token,
+        "progress": progress,
     }
+    reference = measure_samples(model.hf, chosen, **how)
+    per_sample, of_means = TOLERANCE[model.info.dtype]
+    ours = {name: run[name].values[: len(chosen)].astype(np.float64) for name in names}
+    measures = {name: _compare_measure(ours[name], reference[name]) for name in names}
     worst = max(entry["per_sample"]["worst_relative"] for entry in measures.values())
-    means = [entry["mean"]["worst_relative"] for entry in measures.values()]
-    return {
+    worst_mean = max(entry["mean"]["worst_relative"] for entry in measures.values())
+    report = {
         "n_samples": len(chosen),
         "dtype": model.info.dtype,
         "tolerance": {"per_sample": per_sample, "mean": of_means},
         "measures": measures,
         "worst_relative": worst,
-        "passed": all(
-            entry["per_sample"]["worst_relative"] <= per_sample for entry in measures.values()
-        )
-        and all(mean <= of_means for mean in means),
+        "passed": worst <= per_sample and worst_mean <= of_means,
+    }
+    if model.info.dtype in precision.NARROW and reference_dtype != "same":
+        report["precision"] = _precision(model, ours, reference, chosen, how, reference_dtype)
+        report["passed"] = report["passed"] or report["precision"].get("passed", False)
+    return report
+
+
+def _precision(
+    model: Any,
+    ours: dict[str, np.ndarray],
+    theirs: dict[str, np.ndarray],
+    encoded: Sequence[Encoded],
+    how: dict[str, Any],
+    reference_dtype: str,
+) -> dict[str, Any]:
+    """Errors of both against Hugging Face in float32, or a note that it found no room."""
+    wide = precision.float32_copy(model.hf, anyway=reference_dtype == "fp32")
+    if wide is None:
+        return {"note": f"not compared with float32 (no memory for it): {model.info.dtype} alone"}
+    exact = measure_samples(wide, encoded, **how)
+    found = {n: precision.compare_errors(ours[n], theirs[n], exact[n]) for n in ours}
+    return {
+        "reference": "Hugging Face in float32 on the same weights",
+        "factors": precision.FACTORS,
+        "measures": found,
+        "passed": all(entry["passed"] for entry in found.values()),
     }
 
 
@@ -251,5 +273,7 @@ def describe(report: dict[str, Any]) -> str:
                 f"  {name:<24} {what:<10} worst absolute {found['worst_absolute']:.2e}, "
                 f"relative {found['worst_relative']:.2e} ({place})"
             )
+    if "precision" in report:
+        lines += precision.describe(report["precision"])
     lines.append("passed" if report["passed"] else "FAILED: beyond the tolerance")
     return "\n".join(lines)

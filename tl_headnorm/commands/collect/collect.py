@@ -212,6 +212,8 @@ def _validate(
     seen = xr.Dataset({n: (("sample", "layer", "head"), v) for n, v in values.items()})
     checked = hugging_face.validate(model, seen, encoded, settings, settings.validate_samples)
     run.attrs["validated_against_hf"] = checked["worst_relative"]
+    if "precision" in checked:
+        run.attrs["precision"] = checked["precision"]
     if not checked["passed"]:
         warnings.warn(f"Hugging Face disagrees: {hugging_face.describe(checked)}", stacklevel=3)
 

@@ -26,7 +26,9 @@ def run_validate(settings: ValidateSettings) -> tuple[Path | None, bool]:
         plain = replace(settings, validate_samples=0, per_sample=True)
         run = collect(model, chosen, plain)
         encoded = prepare(model.tokenizer, model.n_ctx, chosen, plain).encoded
-        report = validate(model, run, encoded, plain, progress=True)
+        report = validate(
+            model, run, encoded, plain, reference_dtype=settings.reference_dtype, progress=True
+        )
         write_json(path / "config.json", settings.as_dict())
         write_json(path / "validation.json", report)
     say(describe(report))
