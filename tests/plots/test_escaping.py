@@ -11,7 +11,7 @@ from conftest import question_record, write_jsonl
 from tl_headnorm.plots import page as pages
 from tl_headnorm.plots import plotly
 from tl_headnorm.plots.heatmaps import heatmap, heatmap_png
-from tl_headnorm.plots.panel import Figure, Heatmap, Panel, Series, Surface
+from tl_headnorm.plots.panel import Figure, Heatmap, Panel, Series
 from tl_headnorm.plots.png import png
 from tl_headnorm.plots.text import on_page
 
@@ -146,7 +146,7 @@ def test_panels_and_their_series():
     panels = [
         Panel(TEXT, NAME, TEXT, Heatmap(np.ones((2, 2)), NAME, hover=hover), x_ticks=words),
         Panel(NAME, TEXT, NAME, series=[series], y_ticks=words),
-        Panel(TEXT, NAME, TEXT, surface=Surface(np.ones((2, 2)), [NAME, TEXT])),
+        Panel(TEXT, NAME, TEXT, heatmap=Heatmap(np.ones((2, 2))), raised=True, y_ticks=words),
     ]
     described = Figure(NAME, panels, 3, TEXT)
     figure = plotly.draw(described)

@@ -14,7 +14,6 @@ from tl_headnorm.plots.panel import (
     Heatmap,
     Panel,
     Series,
-    Surface,
     group_size,
     layers_by_heads,
     side_by_side,
@@ -141,9 +140,10 @@ def test_both_drawings_show_every_panel(drawn, name):
 def test_three_dimensions():
     peaks = np.zeros((6, 20))
     peaks[2, 5] = 900
-    names = [f"token {i}" for i in range(6)]
-    surfaces = Surface(peaks, names, 900), Surface(peaks / 9, names)
-    figure = Figure("t", [Panel("t", "dimension", "token", surface=s) for s in surfaces])
+    names = {i: f"token {i}" for i in range(6)}
+    maps = Heatmap(peaks, limits=(0, 900)), Heatmap(peaks / 9)
+    figure = Figure("t", [Panel("t", "dimension", "token", m, raised=True, y_ticks=names)
+                          for m in maps])  # fmt: skip
     assert png.png(figure)[:4] == b"\x89PNG"
     page = plotly.draw(figure)
     assert [trace.type for trace in page.data] == ["surface", "surface"]

@@ -5,24 +5,18 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from scipy.stats import rankdata
 
 from tl_headnorm.plots import plotly, png
 from tl_headnorm.plots.panel import Figure, group_size, layers_by_heads
 from tl_headnorm.plots.save import save
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """1 for the largest value, NaN where there is none; equal ones in order of layer and head."""
-    flat = values.ravel()
-    ranks = np.full(flat.shape, np.nan)
-    real = np.flatnonzero(~np.isnan(flat))
-    ranks[real[np.argsort(-flat[real], kind="stable")]] = np.arange(1, len(real) + 1)
-    return ranks.reshape(values.shape)
-
-
 def _hover(values: np.ndarray, std: np.ndarray | None) -> np.ndarray:
     """The text under the pointer, per cell."""
-    ranks, real = _ranks(values), int((~np.isnan(values)).sum())
+    # 1 for the largest value; equal ones in order of layer and head.
+    ranks = rankdata(-values, method="ordinal", nan_policy="omit", axis=None).reshape(values.shape)
+    real = int((~np.isnan(values)).sum())
     text = np.empty(values.shape, dtype=object)
     for (layer, head), value in np.ndenumerate(values):
         lines = [f"layer {layer}, head {head}"]

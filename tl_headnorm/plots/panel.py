@@ -6,15 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tl_headnorm.plots.colors import DIVERGING, PALETTE, SEQUENTIAL
 from tl_headnorm.plots.text import Number, wrapped
 
-# Okabe and Ito's colours, told apart by the colour-blind, and a few more after them.
-PALETTE = (
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#6a3d9a",
-    "#17becf", "#7f7f00", "#b15928",
-)  # fmt: skip
-GREY, DARK, NO_DATA = "#8a8a8a", "#333333", "#d0d0d0"
-SEQUENTIAL, DIVERGING, WEIGHTS = "viridis", "RdBu_r", "Blues"  # diverging: red is more
 PAPER = 15.5  # inches
 MOST_TEXT = 200  # cells with their value written into them
 
@@ -116,28 +110,20 @@ class Series:
 
 
 @dataclass(frozen=True, eq=False)
-class Surface:
-    """Heights [row, column] in three dimensions, a curve per row; `names` are the rows'."""
-
-    z: np.ndarray
-    names: Sequence[str]
-    top: Number | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Panel:
     """One pair of axes.
 
     `horizontal`: bars and intervals lie along x, the first of y is on top. `log` names the
     logarithmic axes. `x_ticks`, `y_ticks`: labels by position, for names instead of numbers.
-    `span`: columns of the figure's grid. `size`: inches. `own_legend`: inside the axes.
+    `span`: columns of the figure's grid. `size`: inches. `raised`: the
+    heatmap's values as heights over its rows and columns, in three dimensions.
     """
 
     title: str = ""
     x: str = ""
     y: str = ""
     heatmap: Heatmap | None = None
-    surface: Surface | None = None
+    raised: bool = False
     series: Sequence[Series] = ()
     horizontal: bool = False
     log: Literal["", "x", "y", "xy"] = ""
@@ -147,7 +133,6 @@ class Panel:
     y_range: tuple[Number, Number] | None = None
     span: int = 1
     size: tuple[Number, Number] = (3.6, 2.6)
-    own_legend: bool = False
 
     @property
     def heading(self) -> list[str]:

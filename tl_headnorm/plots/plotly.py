@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from tl_headnorm.plots.panel import DARK, NO_DATA, Figure, Heatmap, Panel, Series
+from tl_headnorm.plots.colors import DARK, NO_DATA
+from tl_headnorm.plots.panel import Figure, Heatmap, Panel, Series
 from tl_headnorm.plots.text import Number, on_page, wrapped
 
 PIXELS = 100  # per inch
@@ -23,7 +24,7 @@ def draw(figure: Figure) -> Any:
     height = PIXELS * sum(heights) + gap_y * (len(heights) - 1)
     specs: list[list[Any]] = [[None] * len(widths) for _ in heights]
     for panel, (row, column) in zip(figure.panels, places, strict=True):
-        kind = "xy" if panel.surface is None else "scene"
+        kind = "scene" if panel.raised else "xy"
         specs[row][column] = {"type": kind, "colspan": panel.span}
     page = make_subplots(
         len(heights), len(widths), specs=specs, column_widths=widths, row_heights=heights,
@@ -59,7 +60,7 @@ def _layout(page: Any, figure: Figure, width: Number, height: Number, names: set
 
 def _panel(page: Any, panel: Panel, where: dict[str, int], width: Number, names: set[str]) -> None:
     area = page.get_subplot(**where)
-    x, y = (area.domain.x, area.domain.y) if panel.surface else (
+    x, y = (area.domain.x, area.domain.y) if panel.raised else (
         area.xaxis.domain, area.yaxis.domain)  # fmt: skip
     if panel.title:
         page.add_annotation(
@@ -67,8 +68,8 @@ def _panel(page: Any, panel: Panel, where: dict[str, int], width: Number, names:
             xref="paper", yref="paper", xanchor="left", yanchor="bottom", align="left",
             showarrow=False,
         )  # fmt: skip
-    if panel.surface is not None:
-        _surface(page, panel, where)
+    if panel.heatmap is not None and panel.raised:
+        _raised(page, panel, panel.heatmap, where)
         return
     if panel.heatmap is not None:
         bar = {"x": x[1] + 6 / width, "y": sum(y) / 2, "len": y[1] - y[0]}
@@ -147,24 +148,20 @@ def _trace(s: Series, panel: Panel, shown: bool) -> Any:
     return go.Scatter(mode=mode, marker=marker, line=line, **common)
 
 
-def _surface(page: Any, panel: Panel, where: dict[str, int]) -> None:
+def _raised(page: Any, panel: Panel, cells: Heatmap, where: dict[str, int]) -> None:
     import plotly.graph_objects as go
 
-    surface = panel.surface
-    assert surface is not None
-    names = [[on_page(name)] * surface.z.shape[1] for name in surface.names]
+    names = panel.y_ticks or {}
+    rows = [[on_page(names.get(row, ""))] * cells.z.shape[1] for row in range(len(cells.z))]
+    x, y = on_page(panel.x), on_page(panel.y)
+    hover = f"{x} %{{x}}, {y} %{{y}} %{{customdata}}<br>%{{z:.4g}}<extra></extra>"
     page.add_trace(
-        go.Surface(
-            z=surface.z, customdata=names, colorscale="Viridis", showscale=False,
-            hovertemplate=f"{on_page(panel.x)} %{{x}}, {on_page(panel.y)} %{{y}} %{{customdata}}"
-            "<br>%{z:.4g}<extra></extra>",
-        ),
-        **where,
+        go.Surface(z=cells.z, customdata=rows, colorscale=cells.palette, showscale=False,
+                   hovertemplate=hover), **where,
     )  # fmt: skip
-    top = {} if surface.top is None else {"range": [0, surface.top]}
-    page.update_scenes(xaxis_title=on_page(panel.x), yaxis_title=on_page(panel.y),
-                       zaxis={"title": "", **top}, aspectmode="cube",
-                       camera_eye={"x": 1.7, "y": -1.7, "z": 1.1}, **where)  # fmt: skip
+    eye, height = {"x": 1.7, "y": -1.7, "z": 1.1}, {"title": "", "range": cells.limits}
+    page.update_scenes(xaxis_title=x, yaxis_title=y, zaxis=height, aspectmode="cube",
+                       camera_eye=eye, **where)  # fmt: skip
 
 
 def _axes(page: Any, panel: Panel, where: dict[str, int]) -> None:

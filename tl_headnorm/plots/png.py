@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from tl_headnorm.plots.panel import DARK, NO_DATA, Figure, Heatmap, Panel, Series
+from tl_headnorm.plots.colors import DARK, NO_DATA
+from tl_headnorm.plots.panel import Figure, Heatmap, Panel, Series
 from tl_headnorm.plots.text import Number, drawable, families, wrapped
 
 DPI = 160
@@ -31,7 +32,7 @@ def draw(figure: Figure) -> Any:
              ((figure.title, TITLE, "black"), (figure.subtitle, SMALL, "#555555"))
              for text in wrapped(content, 72 * (width - 0.2), size)]  # fmt: skip
     header = 0.14 + sum(1.4 * size / 72 for _, size, _ in lines)
-    names = {s.name for p in figure.panels for s in p.series if _in_legend(s, p)}
+    names = {s.name for p in figure.panels for s in p.series if s.legend and not s.hidden}
     columns = max(1, int(width / (0.55 + 0.068 * max(map(len, names), default=1))))
     height = header + sum(h + 0.75 for h in heights) + 0.2 * -(-len(names) // columns)
     picture = Canvas(figsize=(width, height), dpi=DPI)
@@ -47,17 +48,13 @@ def draw(figure: Figure) -> Any:
     handles: dict[str, Any] = {}
     for panel, (row, column) in zip(figure.panels, figure.places(), strict=True):
         spot = grid[row, column : column + panel.span]
-        axes = picture.add_subplot(spot, projection="3d" if panel.surface else None)
+        axes = picture.add_subplot(spot, projection="3d" if panel.raised else None)
         handles |= {k: v for k, v in _panel(axes, panel).items() if k not in handles}
     if handles:
         picture.legend(handles.values(), handles, loc="outside lower left", ncols=columns,
                        fontsize=LABEL, frameon=False)  # fmt: skip
     _any_script(picture)
     return picture
-
-
-def _in_legend(series: Series, panel: Panel) -> bool:
-    return series.legend and not series.hidden and not panel.own_legend
 
 
 def _any_script(picture: Any) -> None:
@@ -73,8 +70,8 @@ def _panel(axes: Any, panel: Panel) -> dict[str, Any]:
     """Draw one panel; the handles of its legend by name."""
     axes.set_title("\n".join(panel.heading), loc="left", fontsize=PANEL)
     axes.tick_params(labelsize=TICK)
-    if panel.surface is not None:
-        _surface(axes, panel)
+    if panel.heatmap is not None and panel.raised:
+        _raised(axes, panel, panel.heatmap)
         return {}
     if panel.heatmap is not None:
         _heatmap(axes, panel.heatmap, panel.size[1])
@@ -84,11 +81,8 @@ def _panel(axes: Any, panel: Panel) -> dict[str, Any]:
         axes.set_axisbelow(True)
     shown = [s for s in panel.series if not s.hidden]
     drawn = [(s, _draw(axes, s, panel)) for s in shown]
-    if panel.own_legend:
-        axes.legend([handle for _, handle in drawn], [s.name for s, _ in drawn], fontsize=TICK,
-                    frameon=False)  # fmt: skip
     _axes(axes, panel)
-    return {s.name: handle for s, handle in drawn if _in_legend(s, panel)}
+    return {s.name: handle for s, handle in drawn if s.legend}
 
 
 def _heatmap(axes: Any, cells: Heatmap, inches: Number) -> None:
@@ -151,21 +145,18 @@ def _label(axes: Any, x: Any, y: Any, text: str, shift: tuple[int, int]) -> None
                   va="center" if shift[1] == 0 else "bottom")  # fmt: skip
 
 
-def _surface(axes: Any, panel: Panel) -> None:
+def _raised(axes: Any, panel: Panel, cells: Heatmap) -> None:
     """A curve per row: peaks of one cell stay visible."""
     from matplotlib import colormaps
 
-    surface = panel.surface
-    assert surface is not None
-    n_rows, n_columns = surface.z.shape
+    n_rows, n_columns = cells.z.shape
     for row in range(n_rows - 1, -1, -1):
-        color = colormaps["viridis"](row / max(1, n_rows - 1))
-        at = np.full(n_columns, row)
-        axes.plot(np.arange(n_columns), at, surface.z[row], lw=0.8, color=color)
+        color, at = colormaps[cells.colors](row / max(1, n_rows - 1)), np.full(n_columns, row)
+        axes.plot(np.arange(n_columns), at, cells.z[row], lw=0.8, color=color)
     axes.set_xlabel(panel.x, fontsize=LABEL)
     axes.set_ylabel(panel.y, fontsize=LABEL)
-    if surface.top is not None:
-        axes.set_zlim(0, surface.top)
+    if cells.limits is not None:
+        axes.set_zlim(*cells.limits)
 
 
 def _axes(axes: Any, panel: Panel) -> None:

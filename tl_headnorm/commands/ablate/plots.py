@@ -3,7 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from tl_headnorm.plots.panel import PALETTE, Figure, Panel, Series, bound, layers_by_heads
+from tl_headnorm.plots.colors import PALETTE
+from tl_headnorm.plots.panel import Figure, Panel, Series, bound, layers_by_heads
 
 LABELS = {
     "accuracy_drop": "accuracy lost (points)",

@@ -7,16 +7,8 @@ import numpy as np
 import xarray as xr
 
 from tl_headnorm.commands.attention.page import LABELS
-from tl_headnorm.plots.panel import (
-    PALETTE,
-    WEIGHTS,
-    Figure,
-    Heatmap,
-    Panel,
-    Series,
-    layers_by_heads,
-    tick_step,
-)  # fmt: skip
+from tl_headnorm.plots.colors import PALETTE, WEIGHTS
+from tl_headnorm.plots.panel import Figure, Heatmap, Panel, Series, layers_by_heads, tick_step
 from tl_headnorm.plots.text import token_label
 
 LABELS_PER_INCH = 8

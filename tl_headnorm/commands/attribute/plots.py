@@ -6,15 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_headnorm.plots.panel import (
-    PALETTE,
-    Figure,
-    Heatmap,
-    Panel,
-    Series,
-    bound,
-    layers_by_heads,
-)  # fmt: skip
+from tl_headnorm.plots.colors import PALETTE
+from tl_headnorm.plots.panel import Figure, Heatmap, Panel, Series, bound, layers_by_heads
 
 BLACK, FAINT = "#000000", "#bbbbbb"
 
@@ -49,7 +42,7 @@ def stability(name: str, values: np.ndarray, report: Mapping[str, Any]) -> Figur
               series=[Series("one head of one sample", np.tile(mean, len(some)), some.ravel(),
                              kind="points", size=2, legend=False)]),
         Panel("correlation of 1 sample with the mean of N", "N", "correlation",
-              series=_growth(pd.DataFrame(report["growth"])), own_legend=True),
+              series=_growth(pd.DataFrame(report["growth"]))),
         Panel("heads by variance over samples", "layer.head", "variance", x_ticks=heads, series=[
             Series("variance", list(heads), [h["variance"] for h in ranked], kind="bars",
                    legend=False)]),

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from tl_headnorm.plots.panel import GREY, PALETTE, Figure, Panel, Series
+from tl_headnorm.plots.colors import GREY, PALETTE
+from tl_headnorm.plots.panel import Figure, Panel, Series
 
 
 def bars(report: Mapping[str, Any]) -> Figure:

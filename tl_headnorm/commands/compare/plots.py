@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm.plots.panel import GREY, PALETTE, Figure, Panel, Series, layers_by_heads
+from tl_headnorm.plots.colors import GREY, PALETTE
+from tl_headnorm.plots.panel import Figure, Panel, Series, layers_by_heads
 from tl_headnorm.plots.templates import signed
 
 

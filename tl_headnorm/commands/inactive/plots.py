@@ -5,7 +5,8 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from tl_headnorm.plots.panel import GREY, PALETTE, Figure, Panel, Series, side_by_side
+from tl_headnorm.plots.colors import GREY, PALETTE
+from tl_headnorm.plots.panel import Figure, Panel, Series, side_by_side
 
 MODES = {"static": "static", "per_input": "per input, clean pass", "on_the_fly": "on the fly"}
 MARKS = {"static": "o", "per_input": "s", "on_the_fly": "^"}

@@ -7,18 +7,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from tl_headnorm.plots.panel import (
-    DARK,
-    GREY,
-    PALETTE,
-    Figure,
-    Heatmap,
-    Panel,
-    Series,
-    Surface,
-    bound,
-    cells,
-)  # fmt: skip
+from tl_headnorm.plots.colors import DARK, GREY, PALETTE
+from tl_headnorm.plots.panel import Figure, Heatmap, Panel, Series, bound, cells
 
 BLOCK = "layer (residual after the block)"
 MOST_CHANGE = 200.0  # percent; colours end here
@@ -101,12 +91,14 @@ def ranking(run: xr.Dataset, title: str, most: int = 24) -> Figure:
 def token_by_dimension(run: xr.Dataset, tokens: Sequence[str], title: str) -> Figure:
     """Token x dimension of one layer in 3-D: before, after pruning, and the difference."""
     before, after = run["picture_before"].values, run["picture_after"].values
-    top, names = float(max(before.max(), after.max())), [repr(token) for token in tokens]
+    limits, names = (0, float(max(before.max(), after.max()))), dict(enumerate(map(repr, tokens)))
     pruned = next(iter(run.attrs["pruned"]))
     panels = [
-        Panel(label, "dimension", "token", surface=Surface(grid, names, limit), size=(4.4, 4.2))
-        for label, grid, limit in (("before", before, top), (f"without the {pruned}", after, top),
-                                   ("difference", after - before, None))
+        Panel(label, "dimension", "token", Heatmap(grid, limits=ends), raised=True, y_ticks=names,
+              size=(4.4, 4.2))
+        for label, grid, ends in (("before", before, limits),
+                                  (f"without the {pruned}", after, limits),
+                                  ("difference", after - before, None))
     ]  # fmt: skip
     heading = f"Layer {run.attrs['picture_layer']}, |x| of the residual"
     return Figure(heading, panels, 3, title)

@@ -7,16 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tl_headnorm.plots.panel import (
-    DARK,
-    GREY,
-    PALETTE,
-    Figure,
-    Panel,
-    Series,
-    layers_by_heads,
-    side_by_side,
-)  # fmt: skip
+from tl_headnorm.plots.colors import DARK, GREY, PALETTE
+from tl_headnorm.plots.panel import Figure, Panel, Series, layers_by_heads, side_by_side
 
 PANELS = {
     "target_share": "answers that are the option steered to",
