@@ -66,6 +66,18 @@ def test_title_and_colour_bar():
     assert heatmap(array(), title="Mine").layout.title.text == "Mine"
 
 
+def test_a_mean_over_tokens_is_said_once():
+    title = heatmap(array(formula="mean ‖z_h W_O‖")).layout.title.text
+    assert title == "mean ‖z_h W_O‖ of every head"
+
+
+def test_values_of_both_signs_are_centred_at_zero():
+    (trace,) = heatmap(array(np.arange(15.0).reshape(LAYERS, HEADS) - 4)).data
+    assert (trace.zmin, trace.zmax) == (-10, 10)
+    (trace,) = heatmap(array()).data
+    assert (trace.zmin, trace.zmax) == (0, 14)
+
+
 def test_a_bare_array_will_do():
     bare = xr.DataArray(np.eye(2), dims=("layer", "head"))
     assert heatmap(bare).layout.title.text == "value of every head"
