@@ -174,13 +174,6 @@ def check_config(path: str | Path, known: Collection[str]) -> None:
         first[key] = line
 
 
-def _config_files(arguments: list[str]) -> list[str]:
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    given = [after if a == "--config" else a.partition("=")[2]
-             for a, after in pairs if a == "--config" or a.startswith("--config=")]  # fmt: skip
-    return [path for path in given if path]
-
-
 def _usage_error(error: Exception, arguments: list[str]) -> InputError:
     """jsonargparse's complaint in one line of ours, with the nearest setting's name."""
     text = " ".join(str(error).split())

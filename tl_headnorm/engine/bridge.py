@@ -48,10 +48,6 @@ def twin(hf_model: Any) -> Any:
     return copy.deepcopy(hf_model, memo)
 
 
-def is_bridge(tl: Any) -> bool:
-    return type(tl).__name__ == "TransformerBridge"
-
-
 def build_bridge(hf_model: Any, tokenizer: Any) -> Any:
     """A TransformerBridge on the model's own tensors; the model itself is not touched.
 
