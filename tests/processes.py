@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,29 @@ class Command:
     def signal(self, number):
         if self.process.is_alive():
             os.kill(self.process.pid, number)
+
+
+STATE = ".state"
+# 260 batches of one prompt each.
+BUILT_IN = ("collect", "--model_path", "builtin:tiny", "--dataset", "builtin:questions",
+            "--dtype", "fp32", "--device_map", "cpu", "--batch_size", 1,
+            "--max_samples", 260, "--self_check", "false")  # fmt: skip
+
+
+def batches_done(run_dir):
+    """Batches that the segments of a run hold."""
+    total = 0
+    for path in (run_dir / STATE).glob("[0-9]*.npz"):
+        with suppress(FileNotFoundError), np.load(path) as stored:  # the run has just ended
+            total += len(stored["_units"])
+    return total
+
+
+def only_run(folder):
+    """The one run directory in a folder, or None before it is there."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    assert len(found) < 2
+    return found[0] if found else None
 
 
 def free_port():

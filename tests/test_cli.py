@@ -301,7 +301,7 @@ def test_debug_shows_the_traceback(run_cli, tmp_path):
 
 
 def test_a_fault_of_ours_is_not_dressed_up_as_the_users(run_cli, monkeypatch):
-    def fail(settings):
+    def fail(*_):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(tl_headnorm.commands.collect.command, "run_collect", fail)
@@ -310,7 +310,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_the_users(run_cli, monkeypatch):
 
 
 def test_interrupted(run_cli, monkeypatch):
-    def fail(settings):
+    def fail(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tl_headnorm.commands.collect.command, "run_collect", fail)
@@ -328,7 +328,7 @@ def test_interrupted(run_cli, monkeypatch):
 def test_what_the_machine_lacks_is_one_line(error, message, run_cli, monkeypatch):
     import torch
 
-    def fail(settings):
+    def fail(*_):
         raise eval(error, {"torch": torch})
 
     monkeypatch.setattr(tl_headnorm.commands.collect.command, "run_collect", fail)

@@ -4,6 +4,7 @@ Names are loaded on first use, so that importing the package loads neither torch
 transformer_lens.
 """
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from tl_headnorm.errors import InputError
     from tl_headnorm.model.loading import load_model
     from tl_headnorm.plots.heatmaps import heatmap
-    from tl_headnorm.run.results import load_run
+    from tl_headnorm.run.reading import load_run
     from tl_headnorm.settings import Settings
 
 _HOME = {
@@ -28,7 +29,7 @@ _HOME = {
     "heatmap": "plots.heatmaps",
     "load_model": "model.loading",
     "load_questions": "data.questions",
-    "load_run": "run.results",
+    "load_run": "run.reading",
     "register_dataset": "data.questions",
     "register_template": "data.templates",
 }
@@ -62,4 +63,6 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if "IPython" in sys.modules:  # a notebook shows runs as small maps
+        import_module(f"{__name__}.plots.notebook").show_runs()
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

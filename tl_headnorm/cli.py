@@ -9,7 +9,7 @@ from typing import Any
 from tl_headnorm.commands.parser import parse
 from tl_headnorm.commands.table import COMMANDS
 from tl_headnorm.errors import InputError, first_line
-from tl_headnorm.run.launch import processes
+from tl_headnorm.run import ranks
 
 BAD_INPUT, INTERRUPTED = 2, 130
 Together = Callable[[Callable[[], Any]], Any]
@@ -18,16 +18,12 @@ Together = Callable[[Callable[[], Any]], Any]
 def main(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code. No traceback without --debug."""
     try:
-        if processes() == 1:  # before anything of torch is loaded
-            return _main(arguments, lambda work: work())[0]
-        from tl_headnorm.run import ranks
-
-        together = ranks.ranks().together
+        together = ranks.connect().agree  # loads torch only where there are several
     except InputError as error:  # a launcher's environment that leads nowhere
         print(f"tl-headnorm: {error}", file=sys.stderr)
         return BAD_INPUT
     code, cause = _main(arguments, together)
-    ranks.leave(cause)
+    ranks.disconnect(cause)
     return code
 
 

@@ -153,13 +153,14 @@ def test_unknown_contenders_are_named(run_cli, tmp_path):
 def test_resident_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     """Per-sample values stream to disk: four times the samples, the same memory."""
     import gc
+    import shutil
 
     from handmade import llama
 
     from tl_headnorm import load_model
-    from tl_headnorm.commands.collect.measuring import measure_samples
+    from tl_headnorm.commands.collect.collect import measure_samples
     from tl_headnorm.data.tokens import Encoded
-    from tl_headnorm.run.store import RowFile
+    from tl_headnorm.run.log import OnDisk
 
     model = load_model(hf_model=llama(num_hidden_layers=8, num_attention_heads=42, head_dim=4))
     shape = (model.info.n_layers, model.info.n_heads)
@@ -167,15 +168,13 @@ def test_resident_memory_does_not_grow_with_the_number_of_samples(tmp_path):
 
     def grown(n):
         prompts = [Encoded(i, tokens) for i in range(n)]
-        store = {
-            name: RowFile(tmp_path / f"{name}{n}.npy", (n, *shape))
-            for name in ("head_output_norm", "head_resid_contrib_norm")
-        }
+        folder = tmp_path / str(n)
+        folder.mkdir(exist_ok=True)
+        log = OnDisk(folder, every=0.0)
         gc.collect()
         with bench.PeakMemory(model.device) as memory:
-            measure_samples(model, prompts, batch_size=64, store=store)
-        for file in store.values():
-            file.close()
+            measure_samples(model, prompts, batch_size=64, log=log)
+        shutil.rmtree(folder)
         return memory.peak
 
     grown(1000)

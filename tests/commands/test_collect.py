@@ -9,11 +9,11 @@ import xarray as xr
 from handmade import as_model, hooked, llama
 
 from tl_headnorm import collect, heatmap, load_model, load_questions
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names, memory
 from tl_headnorm.errors import InputError
-from tl_headnorm.run.store import RowFile
+from tl_headnorm.run.segments import RowFile
 
 NAMES = ("head_output_norm", "head_resid_contrib_norm")
 
@@ -183,15 +183,14 @@ def test_values_that_are_not_finite_name_layer_head_and_sample():
 def test_rows_on_disk_are_the_rows_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(9, 2, 3)).astype(np.float32)
-    rows = RowFile(tmp_path / "x.npy", truth.shape)
+    rows = RowFile(tmp_path, truth.shape, "<f4")
     order = rng.permutation(9)
     for part in np.array_split(order, 4):
-        rows[part.tolist()] = truth[part]
+        rows[part] = truth[part]
     np.testing.assert_array_equal(rows.array(), truth)
     with pytest.raises(IndexError):
-        rows[[9]] = truth[:1]
-    rows.close()
-    assert not (tmp_path / "x.npy").exists()
+        rows[np.array([9])] = truth[:1]
+    assert not any(tmp_path.iterdir()), "the file has no name"
 
 
 def test_weights_add_next_to_nothing_to_resident_memory():

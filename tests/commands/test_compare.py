@@ -28,7 +28,8 @@ from tl_headnorm.commands.compare.settings import CompareSettings
 from tl_headnorm.errors import InputError
 from tl_headnorm.plots import plotly
 from tl_headnorm.plots.png import png
-from tl_headnorm.run.results import load_run, measures_of
+from tl_headnorm.run.reading import load_run
+from tl_headnorm.run.results import measures_of
 from tl_headnorm.stats import Moments
 
 SHAPE = (3, 5)

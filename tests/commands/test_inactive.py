@@ -301,7 +301,7 @@ def test_the_fly_differs_from_a_clean_pass_after_the_first_layer(model):
 
 
 def clean_values(model, names):
-    from tl_headnorm.commands.collect.measuring import measure_samples
+    from tl_headnorm.commands.collect.collect import measure_samples
 
     values = measure_samples(model, prompts(), measures=choose_measures(names)).values
     return {name: value.astype(np.float64) for name, value in values.items()}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -270,6 +271,50 @@ def test_alike():
     assert alike([{"a": 1, "b": [2]}, {"a": 3, "b": [2]}]) == {"a": [1, 3], "b": [2]}
     assert alike([{"a": 1}, {}]) == {"a": [1, None]}
     assert alike([None, {"a": 1}]) == [None, {"a": 1}]
+
+
+# In little memory
+
+
+def written(run, path):
+    path.mkdir()
+    results.save_arrays(run, path)
+    results.finish(run, path)
+    return path
+
+
+def test_runs_are_merged_in_the_memory_of_some_samples(attrs, tmp_path):
+    """48 MB of values in three runs; the rival reads them all."""
+    n, shape = 12_000, (16, 32)
+    values = np.random.default_rng(0).gamma(2.0, size=(n, *shape)).astype(np.float32)
+    paths = [written(made(values, range(k, n, 3), attrs), tmp_path / f"run{k}") for k in range(3)]
+    peaks = []
+    for mapped in (True, False):
+        folder = tmp_path / f"mapped_{mapped}"
+        folder.mkdir()
+        tracemalloc.start()
+        runs = [load_run(path, mapped=mapped) for path in paths]
+        merged = merge_runs(runs, folder=folder if mapped else None)
+        written(merged, folder / "merged")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        np.testing.assert_array_equal(merged[NAMES[0]].values, values)
+        assert [p.name for p in folder.iterdir()] == ["merged"]
+    assert peaks[0] < 32e6 < 96e6 < peaks[1]
+    xr.testing.assert_equal(
+        load_run(tmp_path / "mapped_True" / "merged"),
+        load_run(tmp_path / "mapped_False" / "merged"),
+    )
+
+
+def test_a_mapped_run_is_the_run_and_its_damage_is_seen(finished, tmp_path):
+    xr.testing.assert_identical(load_run(finished, mapped=True), load_run(finished))
+    path = shutil.copytree(finished, tmp_path / "copy")
+    data = bytearray((path / "per_sample.npz").read_bytes())
+    data[len(data) // 2] ^= 1  # one bit of one value
+    (path / "per_sample.npz").write_bytes(data)
+    with pytest.raises(InputError, match=r"per_sample.npz damaged or missing"):
+        load_run(path, mapped=True)
 
 
 # From the command line

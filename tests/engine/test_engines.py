@@ -8,7 +8,7 @@ import torch
 from handmade import FAMILY_MODELS, family_model, llama
 from test_hugging_face import NAMES, random_samples, worst
 
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.engine import families, select
 from tl_headnorm.engine.families import has_hooked
 from tl_headnorm.engine.protocol import Start

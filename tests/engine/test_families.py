@@ -11,7 +11,7 @@ import torch
 from handmade import FAMILY_MODELS, family_model
 from test_hugging_face import random_samples, worst
 
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.engine import hook_names, short_blocks
 from tl_headnorm.engine.families import FAMILIES, has_hooked
 from tl_headnorm.engine.select import engine_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 from handmade import family_model, llama
 
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.measures import MEASURES, choose_measures
 from tl_headnorm.model.loading import load_model

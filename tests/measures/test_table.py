@@ -10,7 +10,7 @@ from handmade import as_model, hooked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
 from tl_headnorm.measures import (
@@ -325,11 +325,12 @@ def test_patterns_are_counted_when_batches_are_planned(monkeypatch):
 def test_what_follows_from_a_run_is_derived_not_stored(run_cli, small, tmp_path):
     from tl_headnorm import load_run
     from tl_headnorm.run import results
+    from tl_headnorm.run.reading import derive
 
     flags = ["--measures", "attention_first,cosine_all", "--output_dir", tmp_path]
     path = run_cli("collect", *small, *flags).run_dir
     assert not [f.name for f in path.iterdir() if "over_layer" in f.name]
-    run = results.derive(load_run(path))
+    run = derive(load_run(path))
     values = run["cosine_all"].values
     shares = run["cosine_all_over_layer"].values
     for sample, layer in ((0, 0), (6, 2)):
@@ -341,7 +342,7 @@ def test_what_follows_from_a_run_is_derived_not_stored(run_cli, small, tmp_path)
     assert results.measures_of(run) == ["attention_first", "cosine_all"]
     bare = load_run(path).drop_vars("cosine_all")
     with pytest.raises(InputError, match="expected per-sample values of cosine_all, found none"):
-        results.derive(bare)
+        derive(bare)
 
 
 def test_hugging_face_is_asked_for_the_norms_alone(run_cli, small, tmp_path):

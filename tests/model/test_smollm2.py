@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from tl_headnorm import load_model, load_questions
-from tl_headnorm.commands.collect.collect import collect
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import collect, measure_samples
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.tokens import Encoded, token_ids
 from tl_headnorm.oracle import hugging_face

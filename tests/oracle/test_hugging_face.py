@@ -5,7 +5,7 @@ import pytest
 import torch
 from handmade import llama
 
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names
 from tl_headnorm.model.loading import load_model

@@ -8,7 +8,7 @@ import torch
 from handmade import llama
 
 from tl_headnorm import load_model, load_questions
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import short_blocks

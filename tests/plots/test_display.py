@@ -6,7 +6,8 @@ import torch
 import xarray as xr
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tl_headnorm import collect, load_model, load_questions, load_run
+import tl_headnorm
+from tl_headnorm import collect, load_model, load_questions
 from tl_headnorm.commands.ablate.ablate import Data, ablate
 from tl_headnorm.commands.ablate.settings import AblateSettings
 from tl_headnorm.commands.attribute.attribute import attribute
@@ -120,7 +121,7 @@ def test_a_loaded_run_shows_itself(finished, monkeypatch):
         display_formatter = DisplayFormatter()
 
     monkeypatch.setattr("IPython.get_ipython", Shell)
-    run = load_run(finished)
+    run = tl_headnorm.load_run(finished)  # the package's names are looked up inside IPython
     assert "class=tlh" in Shell.display_formatter.format(run)[0]["text/html"]
 
 

@@ -16,17 +16,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import Command, assert_same_run, free_port, wait_for
+from processes import (
+    BUILT_IN,
+    Command,
+    assert_same_run,
+    batches_done,
+    free_port,
+    only_run,
+    wait_for,
+)
 from processes import ranks as start_ranks
-from test_resume import BUILT_IN, STATE, batches_done, only_run
 
 from tl_headnorm.commands import table
 from tl_headnorm.data.plan import Group, Planned
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.errors import InputError
-from tl_headnorm.run import checkpoints, ranks
-from tl_headnorm.run.checkpoints import Keeper, Layout
+from tl_headnorm.run import ranks
+from tl_headnorm.run.log import OnDisk, Work
 from tl_headnorm.run.ranks import Ranks, device_for
+from tl_headnorm.run.segments import Column
 from tl_headnorm.stats import Moments
 
 # 31 batches in two groups: no number of processes below divides them.
@@ -69,15 +77,31 @@ def test_more_processes_than_batches(tmp_path, small):
     assert_same_run(only_run(tmp_path / "four"), only_run(tmp_path / "one"), exactly=False)
 
 
+class InTurn(Ranks):
+    """Ranks that take turns in one process: all begin before any measures."""
+
+    def all_gather(self, value):
+        return [value] * self.world_size
+
+    def broadcast(self, make):
+        return make()
+
+    def agree(self, work):
+        return work()
+
+    def barrier(self, timeout=None):
+        pass
+
+
 def test_shares_are_alike():
     """Every batch once; long ones, which come first, are not all one process's."""
     group = Group((), 0)
     plan = [Planned(i, group, (Encoded(i, (0,) * (100 - i)),)) for i in range(100)]
     shares = []
     for rank in range(3):
-        keeper = Keeper(Path("nowhere"), ranks=Ranks(rank, 3))
-        keeper.finished = np.arange(100) % 7 == 0
-        shares.append(keeper.mine(plan))
+        log = OnDisk(Path("nowhere"), ranks=InTurn(rank, 3))
+        log.done = set(range(0, 100, 7))
+        shares.append(log.missing(plan))
     numbers = sorted(p.number for share in shares for p in share)
     assert numbers == [i for i in range(100) if i % 7]
     tokens = [sum(len(p.samples[0]) for p in share) for share in shares]
@@ -305,15 +329,15 @@ def test_every_process_takes_its_own_gpu(monkeypatch):
 def test_one_process_asks_nobody(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    found = ranks.ranks()
+    found = ranks.connect()
     assert found == Ranks()
-    assert found.together(lambda: 3) == 3
-    assert found.everyones(4) == [4]
-    found.wait()
+    assert found.agree(lambda: 3) == 3
+    assert found.all_gather(4) == [4]
+    found.barrier()
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(InputError, match="WORLD_SIZE: expected a whole number from the launcher"):
-        ranks.ranks()
+        ranks.connect()
 
 
 def test_a_launcher_that_leads_nowhere_is_one_line(tmp_path):
@@ -324,29 +348,13 @@ def test_a_launcher_that_leads_nowhere_is_one_line(tmp_path):
     )
 
 
-class InTurn(Ranks):
-    """Processes that take turns in one: all begin before any measures."""
-
-    def everyones(self, mine):
-        return [mine] * self.world
-
-    def from_first(self, make):
-        return make()
-
-    def together(self, work):
-        return work()
-
-    def wait(self, patience=None):
-        pass
-
-
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=12),
     sessions=st.lists(st.tuples(st.integers(1, 4), st.data()), max_size=4),
-    rows=st.integers(0, 60),
+    stored=st.integers(0, 60),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_sessions_and_any_kills_measure_every_sample_once(sizes, sessions, rows):
+def test_any_sessions_and_any_kills_measure_every_sample_once(sizes, sessions, stored):
     """Law: whatever was killed when, and however many went on, all is as in one pass."""
     group, count = Group((), 0), sum(sizes)
     ends = np.cumsum(sizes)
@@ -355,40 +363,31 @@ def test_any_sessions_and_any_kills_measure_every_sample_once(sizes, sessions, r
         Planned(i, group, tuple(Encoded(int(s), (1,)) for s in order[end - size : end]))
         for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
     ]
-    truth = np.random.default_rng(0).normal(1e3, 1, (count, 2, 3)).astype(np.float32)
-    layout = Layout(len(plan), count, min(rows, count), 2, 3, ("m",), True)
-    identity = dict.fromkeys(checkpoints.IDENTITY, ("digest", "where"))
+    truth = np.random.default_rng(0).normal(1e3, 1, (count, 2, 3))
+    columns = [Column("m", (2, 3), stored=stored), Column("said", dtype="<i2", moments=False)]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)  # for speed: no process dies here
         for world, data in [*sessions, (2, None)]:
             every = 0.0 if data is None or data.draw(st.booleans()) else 1e9
-            keepers = [Keeper(Path(folder), every, InTurn(r, world)) for r in range(world)]
-            for keeper in keepers:
-                keeper.begin(layout, identity, {"started_at": "now"})
-            for keeper in keepers:
-                left = keeper.mine(plan)
-                if data is not None:
-                    left = left[: data.draw(st.integers(0, len(left)))]
-                for planned in left:
+            logs = [OnDisk(Path(folder), every, InTurn(r, world)) for r in range(world)]
+            for log in logs:
+                log.begin(Work(columns, count, len(plan)))
+            for log in logs:
+                end = None if data is None else data.draw(st.integers(0, len(log.missing(plan))))
+                for number, planned in enumerate(log.remaining(plan)):
+                    if number == end:
+                        break
                     places = [sample.index for sample in planned.samples]
-                    keeper.share.moments["m"].update(truth[places].astype(np.float64))
-                    if layout.rows:
-                        keeper.share.values["m"][places] = truth[places]
-                    keeper.share.predicted[places] = np.array(places) % 5
-                    keeper.done(planned.number)
-            for keeper in keepers if data is not None else []:
-                keeper.close()
-        for keeper in reversed(keepers):
-            kept = keeper.gather(plan, {i: i for i in range(count)})
-    assert (kept.moments["m"].n == count).all()
-    whole = Moments.of(truth.astype(np.float64))
-    np.testing.assert_allclose(kept.moments["m"].mean, whole.mean, rtol=1e-12)
-    np.testing.assert_allclose(kept.moments["m"].M2, whole.M2, rtol=1e-9, atol=1e-9)
-    np.testing.assert_array_equal(kept.predicted, np.arange(count) % 5)
-    if layout.rows:
-        np.testing.assert_array_equal(kept.values["m"], truth[: layout.rows])
+                    for part in (places[:1], places[1:]):  # as halved for want of memory
+                        log.add(part, {"m": truth[part], "said": np.array(part, int) % 5})
+        gathered = [log.gather() for log in reversed(logs)][-1]
+    assert (gathered.moments["m"].n == count).all()
+    one_pass = Moments.of(truth)
+    np.testing.assert_allclose(gathered.moments["m"].mean, one_pass.mean, rtol=1e-12)
+    np.testing.assert_allclose(gathered.moments["m"].M2, one_pass.M2, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(gathered.values["said"], np.arange(count) % 5)
+    np.testing.assert_array_equal(gathered.values["m"], truth[:stored].astype(np.float32))
 
 
 def test_only_collect_is_shared():
     assert [name for name, command in table.COMMANDS.items() if command.shared] == ["collect"]
-    assert STATE == ".state"

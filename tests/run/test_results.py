@@ -12,11 +12,12 @@ from conftest import SIZES
 
 import tl_headnorm
 from tl_headnorm import collect, load_model, load_questions, load_run
-from tl_headnorm.commands.collect import command as jobs
+from tl_headnorm.commands.collect import plots
 from tl_headnorm.errors import InputError
 from tl_headnorm.measures import NORMS
+from tl_headnorm.run.directory import new_run_dir
 from tl_headnorm.run.files import plain, write_bytes, write_json, write_with
-from tl_headnorm.run.results import heads_table, new_run_dir, samples_table
+from tl_headnorm.run.results import heads_table, samples_table
 from tl_headnorm.settings import Settings
 
 SHAPE = (SIZES["num_hidden_layers"], SIZES["num_attention_heads"])
@@ -288,7 +289,7 @@ def test_meta_is_written_last(run_cli, small, tmp_path, monkeypatch):
     def fail(array, stem):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(jobs, "save_heatmap", fail)
+    monkeypatch.setattr(plots, "save_heatmap", fail)
     result = run_cli("collect", *small, "--max_samples", 2, "--output_dir", tmp_path)
     assert result.code == 2
     assert result.out == ""
@@ -309,7 +310,7 @@ def test_nothing_follows_meta(run_cli, small, tmp_path, monkeypatch):
     monkeypatch.setattr(tl_headnorm.run.files.Path, "replace", record)
     run = run_cli("collect", *small, "--max_samples", 1, "--output_dir", tmp_path).run_dir
     assert order[-1] == "meta.json"
-    while_it_runs = {".writable", "run.json", "00000.npz"}
+    while_it_runs = {".writable", "run.json", "00000000-0000.npz"}
     assert {p.name for p in run.iterdir()} == set(order) - while_it_runs
 
 

@@ -9,26 +9,30 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from handmade import llama
-from processes import Command, assert_same_run, wait_for
+from processes import BUILT_IN, STATE, Command, assert_same_run, batches_done, only_run, wait_for
 
-import tl_headnorm.commands.collect.command
 from tl_headnorm import collect, load_model, load_questions
 from tl_headnorm.cli import parse
+from tl_headnorm.commands.collect import command, plots
 from tl_headnorm.errors import InputError
 from tl_headnorm.measures import measurer
-from tl_headnorm.run import checkpoints, fingerprints, resume
-from tl_headnorm.run.store import RowFile
+from tl_headnorm.run import fingerprints, log, resume, segments
+from tl_headnorm.run.files import locked
+from tl_headnorm.run.segments import (
+    Column,
+    Gathered,
+    Unit,
+    read_segment,
+    units_of,
+    write_segment,
+)
 from tl_headnorm.settings import Settings
-
-BUILT_IN = ("collect", "--model_path", "builtin:tiny", "--dataset", "builtin:questions",
-            "--dtype", "fp32", "--device_map", "cpu", "--batch_size", 1,
-            "--max_samples", 260, "--self_check", "false")  # fmt: skip
-STATE = ".state"
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +42,6 @@ def uninterrupted(tmp_path_factory):
     command = Command(folder, *BUILT_IN, "--output_dir", folder / "out")
     assert command.wait() == 0, command.err
     return next((folder / "out").iterdir())
-
-
-def batches_done(run_dir):
-    """Batches that a run's states speak of."""
-    total = 0
-    for path in (run_dir / STATE).glob("[0-9]*.npz"):
-        with suppress(FileNotFoundError), np.load(path) as stored:  # the run has just ended
-            total += int(np.unpackbits(stored["done"]).sum())
-    return total
-
-
-def only_run(folder):
-    """The one run directory in a folder, or None before it is there."""
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    assert len(found) < 2
-    return found[0] if found else None
 
 
 def kill_at_random(chance, command, out):
@@ -165,7 +153,7 @@ def test_a_signal_before_anything_was_measured_leaves_nothing(tmp_path):
 @pytest.fixture
 def no_figures(monkeypatch):
     """Figures take longer than all the rest of a small run."""
-    monkeypatch.setattr(tl_headnorm.commands.collect.command, "save_heatmap", lambda *_: None)
+    monkeypatch.setattr(plots, "save_heatmap", lambda *_: None)
 
 
 class Crash(BaseException):
@@ -213,12 +201,10 @@ def test_a_crash_at_any_batch(run_cli, small, tmp_path, monkeypatch, finished):
 def test_a_crash_after_all_was_measured_measures_nothing_again(
     run_cli, small, tmp_path, monkeypatch, finished
 ):
-    from tl_headnorm.run import results
-
     for function in ("save_arrays", "finish"):
         out = tmp_path / function
         with monkeypatch.context() as patch:
-            patch.setattr(results, function, lambda *_: (_ for _ in ()).throw(Crash))
+            patch.setattr(command, function, lambda *_: (_ for _ in ()).throw(Crash))
             with pytest.raises(Crash):
                 run_cli("collect", *small, "--output_dir", out)
         with monkeypatch.context() as patch:
@@ -229,10 +215,10 @@ def test_a_crash_after_all_was_measured_measures_nothing_again(
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_crash_while_clearing_up_is_a_finished_run(run_cli, small, tmp_path, monkeypatch):
-    from tl_headnorm.run.resumable import KeptRun
+    from tl_headnorm.run.resume import ResumableRun
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeptRun, "finish", lambda _: (_ for _ in ()).throw(Crash))
+        patch.setattr(ResumableRun, "finish", lambda _: (_ for _ in ()).throw(Crash))
         with pytest.raises(Crash):
             run_cli("collect", *small, "--output_dir", tmp_path)
     run = only_run(tmp_path)
@@ -271,22 +257,33 @@ def test_state_between_the_halves_of_a_batch_is_never_saved(
         )
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_rival_that_marks_a_batch_after_saving_repeats_it(
-    run_cli, small, tmp_path, monkeypatch, finished
-):
-    """Moments on disk that are ahead of the list of what is done: a batch counts twice."""
+def a_unit_twice(broken):
+    """Another segment with units that are there, as of a worker that was thought dead."""
+    state = broken / STATE
+    first, second = sorted(state.glob("[0-9]*.npz"))
+    with np.load(first) as one, np.load(second) as other:
+        joined = {
+            name: np.concatenate([one[name], other[name]]) if one[name].ndim else one[name]
+            for name in one.files
+        }
+    np.savez(state / "00000000-0001.npz", **joined)
+    return broken
 
-    def done(self, number):
-        self.save()
-        self.share.done[number] = True
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Keeper, "done", done)
-        crash_at(patch, 2)
-        with pytest.raises(Crash):
-            run_cli("collect", *small, "--checkpoint_every", 0, "--output_dir", tmp_path)
-    run = run_cli("collect", "--resume", only_run(tmp_path)).run_dir
+def test_a_unit_in_two_segments_counts_once(run_cli, broken, finished):
+    assert batches_done(a_unit_twice(broken)) == 4
+    assert_same_run(run_cli("collect", "--resume", broken).run_dir, finished)
+
+
+def test_rival_that_adds_up_segments_counts_it_twice(run_cli, broken, monkeypatch, finished):
+    original = segments.Gathered.add
+
+    def add(self, unit):
+        self.units.discard(unit.number)
+        original(self, unit)
+
+    monkeypatch.setattr(segments.Gathered, "add", add)
+    run = run_cli("collect", "--resume", a_unit_twice(broken)).run_dir
     with pytest.raises(AssertionError):
         assert_same_run(run, finished)
 
@@ -296,14 +293,14 @@ def test_rival_that_counts_samples_and_plans_anew(run_cli, small, tmp_path, monk
     """ "The first n samples are done" is wrong where batches were sorted by length."""
 
     def in_dataset_order(self, plan):
-        count = int(sum(len(p.samples) for p in plan if self.finished[p.number]))
+        count = int(sum(len(p.samples) for p in plan if p.number in self.done))
         return [p for p in plan if any(s.index >= count for s in p.samples)]
 
     with monkeypatch.context() as patch:
         crash_at(patch, 2)
         with pytest.raises(Crash):
             run_cli("collect", *small, "--checkpoint_every", 0, "--output_dir", tmp_path)
-    monkeypatch.setattr(checkpoints.Keeper, "mine", in_dataset_order)
+    monkeypatch.setattr(log.OnDisk, "missing", in_dataset_order)
     with pytest.raises(RuntimeError, match="1 of 3 batches are missing"):
         run_cli("collect", "--resume", only_run(tmp_path))
 
@@ -311,8 +308,6 @@ def test_rival_that_counts_samples_and_plans_anew(run_cli, small, tmp_path, monk
 @pytest.mark.usefixtures("no_figures")
 def test_batches_stay_the_same_when_memory_does_not(run_cli, small, tmp_path, monkeypatch):
     """`max_batch_tokens: auto` is settled once: with less memory free the plan is the old one."""
-    from tl_headnorm.engine import memory
-
     sizes, original = [], measurer.Measurer.__call__
 
     def measured(self, batch):
@@ -324,8 +319,7 @@ def test_batches_stay_the_same_when_memory_does_not(run_cli, small, tmp_path, mo
         with pytest.raises(Crash):
             run_cli("collect", *small, "--checkpoint_every", 0, "--output_dir", tmp_path)
     monkeypatch.setattr(measurer.Measurer, "__call__", measured)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
-    monkeypatch.setattr(measurer, "most_tokens", lambda *_: 1)
+    monkeypatch.setattr(measurer, "auto_batch_tokens", lambda model: 1)
     assert run_cli("collect", "--resume", only_run(tmp_path)).code == 0
     assert sizes == [3, 1]
 
@@ -434,7 +428,7 @@ def test_a_run_killed_before_its_first_batch_starts_from_its_settings(run_cli, b
 
 
 def test_damaged_state_is_one_line(run_cli, broken):
-    state = broken / STATE / "00000.npz"
+    state = broken / STATE / "00000001-0000.npz"
     whole = state.read_bytes()
     state.write_bytes(whole[: len(whole) // 2])
     message = run_cli("collect", "--resume", broken).error_line
@@ -446,13 +440,14 @@ def test_damaged_state_is_one_line(run_cli, broken):
     )
 
 
-def test_a_state_that_is_removed_is_measured_again(run_cli, broken, finished):
-    (broken / STATE / "00000.npz").unlink()
+def test_a_segment_that_is_removed_is_measured_again(run_cli, broken, finished):
+    (broken / STATE / "00000000-0000.npz").unlink()
+    assert batches_done(broken) == 1
     assert_same_run(run_cli("collect", "--resume", broken).run_dir, finished)
 
 
 def test_a_run_in_use_is_left_alone(run_cli, broken, finished):
-    with checkpoints.locked(broken / STATE, alone=True):
+    with locked(broken / STATE, alone=True):
         message = run_cli("collect", "--resume", broken).error_line
     assert f"expected a run that no process works on, found {broken} in use" in message
     assert_same_run(run_cli("collect", "--resume", broken).run_dir, finished)
@@ -557,8 +552,11 @@ def test_without_per_sample_values_little_is_kept(run_cli, small, tmp_path, monk
             run_cli("collect", *small, "--checkpoint_every", 0, "--per_sample", "false",
                     "--validate_samples", 2, "--output_dir", tmp_path)  # fmt: skip
     run = only_run(tmp_path)
-    with (run / STATE / "00000.head_output_norm.npy").open("rb") as stream:
-        assert np.load(stream).shape[0] == 2  # those that will be compared
+    stored = 0
+    for path in (run / STATE).glob("[0-9]*.npz"):
+        with np.load(path) as arrays:
+            stored += len(arrays["head_output_norm"])
+    assert stored <= 2  # those that will be compared
     resumed = run_cli("collect", "--resume", run).run_dir
     assert not (resumed / "per_sample.npz").exists()
     assert json.loads((resumed / "meta.json").read_text())["validated_against_hf"] < 1e-4
@@ -613,20 +611,6 @@ def test_the_echo_of_a_launcher_is_no_second_signal(monkeypatch):
         assert len(killed) == deaths
 
 
-def test_rows_go_on_in_the_same_file(tmp_path):
-    rows = RowFile(tmp_path / "x.npy", (4, 2))
-    rows[[1]] = np.ones((1, 2))
-    rows.close(delete=False)
-    again = RowFile(tmp_path / "x.npy", (4, 2), reopen=True)
-    again[[3]] = np.full((1, 2), 2)
-    np.testing.assert_array_equal(again.array(), [[0, 0], [1, 1], [0, 0], [2, 2]])
-    with pytest.raises(InputError, match="expected rows"):
-        RowFile(tmp_path / "x.npy", (5, 2), reopen=True)
-    (tmp_path / "x.npy").write_bytes(b"")
-    with pytest.raises(InputError, match="expected rows"):
-        RowFile(tmp_path / "x.npy", (4, 2), reopen=True)
-
-
 def test_fingerprints_know_their_own():
     first, same = load_model(hf_model=llama()), load_model(hf_model=llama())
     assert fingerprints.weights(first) == fingerprints.weights(same)
@@ -650,22 +634,72 @@ def test_a_large_tensor_is_read_at_all_its_columns():
     )
 
 
-def test_a_mapped_value_is_never_behind_the_state(tmp_path):
-    """Rows reach the disk before the state that speaks of them."""
-    events = []
+def columns():
+    return [Column("m", (2,), stored=3), Column("said", dtype="<i2", moments=False)]
 
-    class Watched(RowFile):
-        def sync(self):
-            events.append("rows")
-            super().sync()
 
-    layout = checkpoints.Layout(2, 4, 4, 1, 1, ("m",), True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "RowFile", Watched)
-        original = checkpoints.write_with
-        patch.setattr(
-            checkpoints, "write_with",
-            lambda *args: (events.append("state"), original(*args)),
-        )  # fmt: skip
-        checkpoints.Share(tmp_path, 0, layout)
-    assert events == ["rows", "rows", "state"]
+def unit(number, rows):
+    found = Unit(number)
+    values = np.array(rows, float)[:, None] + [0.25, 0.5]
+    found.add(columns(), rows, {"m": values, "said": np.array(rows)})
+    return found
+
+
+def test_a_segment_is_read_as_it_was_written(tmp_path):
+    """Units of no, one and two rows; of a column the first three rows are stored."""
+    written = [unit(4, [3, 0]), unit(9, [2])]
+    written[0].add(columns(), [5], {"m": np.ones((1, 2)), "said": np.array([7])})
+    write_segment(tmp_path / "x.npz", columns(), written, seconds=1.5)
+    assert units_of(tmp_path / "x.npz") == [4, 9]
+    read, facts = read_segment(tmp_path / "x.npz", columns())
+    assert facts == {"seconds": 1.5}
+    gathered = [Gathered(columns(), 6), Gathered(columns(), 6, tmp_path)]
+    for found, units in zip(gathered, (written, read), strict=True):
+        for one in units:
+            found.add(one)
+    assert gathered[0].values["m"].tolist() == [[0.25, 0.5], [0, 0], [2.25, 2.5]]
+    assert gathered[0].values["said"].tolist() == [0, 0, 2, 3, 0, 7]
+    for name in ("m", "said"):
+        np.testing.assert_array_equal(gathered[0].values[name], gathered[1].values[name])
+    for part in ("n", "mean", "M2"):
+        in_memory, on_disk = (getattr(g.moments["m"], part) for g in gathered)
+        np.testing.assert_array_equal(in_memory, on_disk)
+    assert gathered[0].moments["m"].n.tolist() == [4, 4]
+    assert gathered[0].units == {4, 9}
+
+
+def test_a_segment_that_holds_other_columns_is_damaged(tmp_path):
+    write_segment(tmp_path / "x.npz", columns(), [unit(0, [1])])
+    for other in (Column("m", (3,)), Column("n", (2,))):
+        with pytest.raises(InputError, match=r"x.npz as collect wrote it, found it damaged"):
+            read_segment(tmp_path / "x.npz", [other])
+
+
+def test_a_log_without_per_sample_memory(tmp_path, monkeypatch):
+    """A segment is written before its values grow large, however long an interval is."""
+    monkeypatch.setattr(log, "SEGMENT_BYTES", 1000)
+    on_disk = log.OnDisk(tmp_path, every=1e9)
+    on_disk.begin(log.Work([Column("m", (10,))], 20, 20))
+    for planned in on_disk.remaining([Numbered(i) for i in range(20)]):
+        on_disk.add([planned.number], {"m": np.full((1, 10), float(planned.number))})
+        assert sum(u.nbytes for u in on_disk._pending) <= 1000 + 280
+    assert 2 < len(on_disk.segments()) < 20
+    assert on_disk.gather().values["m"][:, 3].tolist() == list(range(20))
+
+
+@dataclass
+class Numbered:
+    number: int
+
+
+def test_an_unfinished_unit_is_not_written(tmp_path):
+    """Neither after an error in it, nor after a loop that was left."""
+    on_disk = log.OnDisk(tmp_path, every=0.0)
+    on_disk.begin(log.Work([Column("m")], 3, 3))
+    for planned in on_disk.remaining([Numbered(i) for i in range(3)]):
+        on_disk.add([planned.number], {"m": np.ones(1)})
+        if planned.number == 1:
+            break
+    assert [units_of(path) for path in on_disk.segments()] == [[0]]
+    with pytest.raises(RuntimeError, match="2 of 3 batches are missing"):
+        on_disk.gather()

@@ -15,9 +15,9 @@ from conftest import question_record, write_jsonl
 from tl_headnorm import load_run
 from tl_headnorm.errors import InputError
 from tl_headnorm.run import files
+from tl_headnorm.run.directory import new_run_dir
 from tl_headnorm.run.files import write_bytes, write_with
-from tl_headnorm.run.results import new_run_dir
-from tl_headnorm.run.store import RowFile
+from tl_headnorm.run.segments import RowFile
 
 STUDY = ["--max_samples", 4]
 COMMANDS = {
@@ -249,7 +249,7 @@ def test_a_directory_that_becomes_read_only(read_only):
 
 def test_a_directory_that_goes_away(run_cli, small, tmp_path, monkeypatch):
     """A scratch disk that is cleaned while the run goes on."""
-    from tl_headnorm.commands.collect import command as jobs
+    from tl_headnorm.commands.collect import plots
 
     def vanish(array, stem):
         for path in stem.parent.iterdir():
@@ -257,7 +257,7 @@ def test_a_directory_that_goes_away(run_cli, small, tmp_path, monkeypatch):
         stem.parent.rename(tmp_path / "elsewhere")
         write_bytes(stem.with_suffix(".html"), b"x")
 
-    monkeypatch.setattr(jobs, "save_heatmap", vanish)
+    monkeypatch.setattr(plots, "save_heatmap", vanish)
     result = run_cli("collect", *small, "--max_samples", 1, "--output_dir", tmp_path / "runs")
     assert result.code == 2
     assert "found [Errno 2] No such file or directory: " in last_line(result)
@@ -267,7 +267,7 @@ def test_a_run_directory_that_got_no_file_is_taken_back(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tl_headnorm.run.results.write_bytes", full)
+    monkeypatch.setattr("tl_headnorm.run.directory.write_bytes", full)
     with pytest.raises(InputError, match=r"found .* \(\[Errno 28\] No space left on device\); ch"):
         new_run_dir(tmp_path, "run")
     assert not list(tmp_path.iterdir())
@@ -284,15 +284,21 @@ def test_an_error_names_its_file(tmp_path):
         write_with(tmp_path / "x.bin", fail)
 
 
+def test_a_full_disk_under_a_row_file_is_an_error(tmp_path):
+    """Written through a map it would end the process."""
+    file = RowFile(tmp_path, (2, 3000), "<f4")
+    with largest_file(20_000), pytest.raises(OSError, match="File too large"):
+        file[np.array([1])] = np.ones((1, 3000), np.float32)
+
+
 def test_rows_that_are_taken_in_parts(tmp_path, monkeypatch):
     """A disk about to be full takes some bytes and reports their number, not an error."""
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, bytes(data)[:5], at))
-    file = RowFile(tmp_path / "rows.npy", (3, 4))
+    file = RowFile(tmp_path, (3, 4), "<f4")
     values = np.arange(12, dtype=np.float32).reshape(3, 4)
-    file[[2, 0, 1]] = values[[2, 0, 1]]
+    file[np.array([2, 0, 1])] = values[[2, 0, 1]]
     assert np.array_equal(file.array(), values)
-    file.close()
 
 
 def test_interrupted_writes_leave_the_old_file(tmp_path):

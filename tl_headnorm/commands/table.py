@@ -7,7 +7,7 @@ from typing import Any
 
 from tl_headnorm.bounds import Checked
 from tl_headnorm.errors import InputError
-from tl_headnorm.run.launch import processes
+from tl_headnorm.run.ranks import world_size
 
 DONE, CHECK_FAILED = 0, 1
 
@@ -16,7 +16,8 @@ DONE, CHECK_FAILED = 0, 1
 class Command:
     """A subcommand: in `commands.<name>`, `settings:<Name>Settings` and `command:run_<name>`.
 
-    The function takes the settings and returns the directory it wrote or, where it is a check, the
+    The function takes the settings and, with `then`, a function of a run, its directory and its
+    questions that calls those; it returns the directory it wrote or, where it is a check, the
     directory and whether the check held. It is imported when it runs, so that --help is quick.
     """
 
@@ -25,6 +26,7 @@ class Command:
     positional: str | None = None  # a setting, a list of text, given without --name
     metavar: str = "DIR"  # what the positional setting lists
     shared: bool = False  # whether the processes of a launcher may share the work
+    then: tuple[str, ...] = ()  # add figures and pages to a new run, before its meta.json
 
     @property
     def settings(self) -> type[Checked]:
@@ -39,34 +41,49 @@ class Command:
         """
         if not self.shared:
             together(_one_process)
-        module = import_module(f"tl_headnorm.commands.{self.name}.command")
-        found = getattr(module, f"run_{self.name}")(settings)
+        work = _load(f"{self.name}.command:run_{self.name}")
+        found = work(settings, self._draw) if self.then else work(settings)
         path, held = found if isinstance(found, tuple) else (found, True)
         if path is not None:
             print(path)
         return DONE if held else CHECK_FAILED
 
+    def _draw(self, *run: Any) -> None:
+        for name in self.then:
+            _load(name)(*run)
+
+
+def _load(name: str) -> Callable[..., Any]:
+    """The function that `folder.module:function` names."""
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(import_module(f"tl_headnorm.commands.{module}"), function)
+    return found
+
 
 def _one_process() -> None:
-    if processes() > 1:
+    if world_size() > 1:
         raise InputError(
-            f"expected one process for this command, found {processes()} of a launcher; only "
+            f"expected one process for this command, found {world_size()} of a launcher; only "
             "collect shares its work between them"
         )
 
 
+# The figures and the page of a new run; they come before its meta.json.
+PAGES = ("collect.plots:save_heatmaps", "report.command:report_of_new_run")
+
 COMMANDS = {
     command.name: command
     for command in (
-        Command("demo", "The main job on the built-in model: needs no weights, data or network."),
+        Command("demo", "The main job on the built-in model: needs no weights, data or network.",
+                then=PAGES),
         Command("fetch", "Get a real model for --model_path builtin:NAME into the user's cache.",
                 positional="models", metavar="NAME"),
         Command("collect", "Measure every head over a dataset and write a run directory.",
-                shared=True),
+                shared=True, then=PAGES),
         Command("validate", "Compare the same numbers with Hugging Face's own forward."),
         Command("evaluate", "Accuracy by answer letter, or by the likelihood of option texts."),
         Command("merge", "Merge run directories of collect that measured different samples.",
-                positional="runs"),
+                positional="runs", then=PAGES),
         Command("compare", "Set two runs side by side: what changed in every head, and answers.",
                 positional="runs"),
         Command("ablate", "Remove heads or MLPs and measure answers, loss and perplexity."),

@@ -32,7 +32,7 @@ PATTERN_BYTES = 24
 
 
 @dataclass(frozen=True)
-class How:
+class MeasureOptions:
     """Measurement options: aggregation, batching, prefix caching."""
 
     token_agg: str = "last"
@@ -64,6 +64,7 @@ class How:
         return any(measure.final_scale for measure in self.measures)
 
 
+How = MeasureOptions  # its former name
 Factors = Mapping[int, Tensor]
 
 
@@ -82,7 +83,7 @@ def factors_of(model: Model) -> dict[int, Float[Tensor, "head k d_head"]]:
     return {layer: contribution_factor(model.engine.W_O(layer)) for layer in layers}
 
 
-def most_tokens(model: Model, how: How, longest: int) -> int:
+def most_tokens(model: Model, how: MeasureOptions, longest: int) -> int:
     """Padded tokens per pass: the setting, or what fits; a pattern takes `longest` per token."""
     if how.max_batch_tokens != "auto":
         return int(how.max_batch_tokens)
@@ -96,7 +97,9 @@ def most_tokens(model: Model, how: How, longest: int) -> int:
 class Measurer:
     """Measures batches of one group of prompts; the shared prefix is run once, here."""
 
-    def __init__(self, model: Model, factors: Factors, how: How, prefix: Sequence[int]) -> None:
+    def __init__(
+        self, model: Model, factors: Factors, how: MeasureOptions, prefix: Sequence[int]
+    ) -> None:
         self.model, self.how = model, how
         self.weights = {
             layer: Weights(model.engine.W_O(layer), model.engine.b_O(layer), factor)

@@ -1,13 +1,16 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and a lock on a folder."""
 
+import errno
+import fcntl
 import json
+import math
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
+from tl_headnorm.errors import InputError
 
 
 def write_with(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -51,10 +54,34 @@ def plain(data: Any) -> Any:
         return {str(key): plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple, set)):
         return [plain(value) for value in data]
-    if isinstance(data, np.ndarray):
+    if hasattr(data, "tolist"):  # numpy's arrays and numbers
         return plain(data.tolist())
-    if isinstance(data, np.generic):
-        return plain(data.item())
-    if isinstance(data, float) and not np.isfinite(data):
+    if isinstance(data, float) and not math.isfinite(data):
         return None
     return data if data is None or isinstance(data, (str, int, float, bool)) else str(data)
+
+
+@contextmanager
+def locked(folder: Path, *, alone: bool = False) -> Iterator[None]:
+    """Hold the run's lock, which ends with the process however it ends.
+
+    `alone`: raise InputError where any process still works on the run. Where the file system
+    knows no locks there is none.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            if alone:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                raise InputError(
+                    f"resume: expected a run that no process works on, found {folder.parent} in "
+                    "use; wait for its end, or stop it"
+                ) from None
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        yield
+    finally:
+        os.close(descriptor)

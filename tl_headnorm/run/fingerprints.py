@@ -1,4 +1,4 @@
-"""Short digests of what a run's numbers depend on, by which a resumed run knows its own."""
+"""Fingerprints of what a run's numbers depend on: a resumed run must find the same ones."""
 
 import hashlib
 import json
@@ -12,17 +12,18 @@ from tl_headnorm.data.plan import Planned
 from tl_headnorm.data.prepare import Prepared
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.measures import Measure
-from tl_headnorm.measures.measurer import How
+from tl_headnorm.measures.measurer import MeasureOptions
 from tl_headnorm.model.loading import Model
+from tl_headnorm.run.log import Fingerprint
 
 # Numbers read of every tensor: enough to know other weights by, too few to cost anything.
 DRAWN = 4096
 
 
 def of_run(
-    model: Model, prepared: Prepared, how: How, plan: Sequence[Planned]
-) -> dict[str, tuple[str, str]]:
-    """(digest, where it is from) of everything that a run's numbers depend on."""
+    model: Model, prepared: Prepared, options: MeasureOptions, plan: Sequence[Planned]
+) -> dict[str, Fingerprint]:
+    """Fingerprints of everything that a run's numbers depend on."""
     data, template = prepared.record["dataset"], prepared.record["template"]
     shape = {
         key: value
@@ -30,16 +31,24 @@ def of_run(
         if key not in ("source", "revision", "adapter")
     }
     source = " with ".join(filter(None, (model.info.source, model.info.adapter)))
-    options = f"{how.token_agg} {how.exclude_first_token} {how.padding_side}"
-    return {
-        "data": (str(data["sha256"]), str(data["path"])),
-        "shape": (_of_text(json.dumps(shape, sort_keys=True)), source),
-        "config": (config(model), source),
-        "weights": (weights(model), source),
-        "prompts": (prompts(prepared.encoded, how.answers or ()), f"template {template['name']}"),
-        "measures": (measures(how.measures, options), ", ".join(m.name for m in how.measures)),
-        "batches": (batches(plan), f"{len(plan)} batches"),
-    }
+    how = f"{options.token_agg} {options.exclude_first_token} {options.padding_side}"
+    tokens = prompts(prepared.encoded, options.answers or ())
+    names = ", ".join(measure.name for measure in options.measures)
+    found = {
+        "data": ("data_dir", "the questions' file", str(data["sha256"]), str(data["path"])),
+        "shape": (
+            "model_path", "the model's shape, data type and engine",
+            _of_text(json.dumps(shape, sort_keys=True)), source,
+        ),
+        "config": ("model_path", "the model's config", config(model), source),
+        "weights": ("model_path", "the model's weights", weights(model), source),
+        "prompts": (
+            "template", "the prompts' tokens and answers", tokens, f"template {template['name']}"
+        ),
+        "measures": ("measures", "the measures", measures(options.measures, how), names),
+        "batches": ("batch_size", "the batches", batches(plan), f"{len(plan)} batches"),
+    }  # fmt: skip
+    return {name: Fingerprint(*parts) for name, parts in found.items()}
 
 
 def measures(chosen: Sequence[Measure], options: str) -> str:

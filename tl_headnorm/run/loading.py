@@ -1,16 +1,13 @@
-"""What every command begins with: quiet libraries, questions, a model, a run directory."""
+"""What every command begins with: quiet libraries, questions, a model."""
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from tl_headnorm.data.questions import Questions, load_questions
 from tl_headnorm.data.templates import get_template
 from tl_headnorm.model.loading import Model, load_model
-from tl_headnorm.run import results
+from tl_headnorm.run.directory import run_dir as run_dir
 
 
 def say(text: str) -> None:
@@ -63,14 +60,3 @@ def open_both(settings: Any) -> tuple[Model, Questions]:
         get_template(settings.template_name, settings.template)
     questions = open_questions(settings)
     return open_model(settings), questions
-
-
-@contextmanager
-def run_dir(output_dir: str, name: str) -> Iterator[Path]:
-    """A new run directory to fill; taken back if nothing was written before an error."""
-    path = results.new_run_dir(output_dir, name)
-    try:
-        yield path
-    except BaseException:
-        results.remove_if_empty(path)
-        raise

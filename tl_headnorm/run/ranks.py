@@ -1,9 +1,11 @@
 """The processes of one run, as `torchrun` and `accelerate launch` start them.
 
-They share the work and say a few words to one another before and after it, over gloo on the
-CPU whatever the device: no tensor moves, and none moves while they measure.
+They share the units of a run (run/log.py) and exchange a few Python objects before and after it,
+over gloo on the CPU whatever the device: no tensor moves, and nothing moves while they measure.
+Imports torch only where there are several.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,7 +14,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from tl_headnorm.errors import InputError, first_line
-from tl_headnorm.run.launch import number, processes
 
 T = TypeVar("T")
 # How long a process may be behind the others before it counts as lost.
@@ -20,73 +21,72 @@ PATIENCE = timedelta(minutes=30)
 
 
 class Elsewhere(InputError):
-    """Another process has said what is wrong; this one ends without a word."""
+    """Another rank prints the error; this one ends silently."""
 
     quiet = True
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of a run: `rank` of `world`, `local_rank` of `local_world` here."""
+    """This process among all of a run, by the names of torch.distributed."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_world: int = 1
+    local_world_size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that speaks and writes the results."""
+        """Whether this is rank 0, which prints and writes the results."""
         return self.rank == 0
 
-    def everyones(self, mine: T) -> list[T]:
-        """What each process has to say, by rank."""
-        if self.world == 1:
-            return [mine]
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self.world_size == 1:
+            return [value]
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.world
-        _call(lambda: dist.all_gather_object(found, mine))
+        found: list[Any] = [None] * self.world_size
+        _wait(lambda: dist.all_gather_object(found, value))
         return found
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, told to all; its InputError ends them all."""
-        made = self.together(lambda: make() if self.first else None)
-        return self.everyones(made)[0]  # type: ignore[return-value]
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes; an error there ends all ranks."""
+        made = self.agree(lambda: make() if self.first else None)
+        return self.all_gather(made)[0]  # type: ignore[return-value]
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Do the same work everywhere; where it fails anywhere all end, and one says why."""
-        if self.world == 1:
+    def agree(self, work: Callable[[], T]) -> T:
+        """Do `work` in every rank; where it fails in any, all raise and one of them prints."""
+        if self.world_size == 1:
             return work()
         error: Exception | None = None
         try:
             found = work()
         except Exception as problem:
             error = problem
-        failed = [rank for rank, fails in enumerate(self.everyones(error is not None)) if fails]
+        failed = [rank for rank, fails in enumerate(self.all_gather(error is not None)) if fails]
         if not failed:
             return found
-        speaks = failed[0] == self.rank
-        if error is None or (isinstance(error, (InputError, OSError)) and not speaks):
+        if error is None or (isinstance(error, (InputError, OSError)) and failed[0] != self.rank):
             error = Elsewhere(f"process {failed[0]} says what is wrong")
         error.agreed = True  # type: ignore[attr-defined]
         raise error
 
-    def wait(self, patience: timedelta = PATIENCE) -> None:
-        """Until all are here. Raises InputError where one ended or is overdue."""
-        if self.world > 1:
+    def barrier(self, timeout: timedelta = PATIENCE) -> None:
+        """Wait for all ranks. Raises InputError where one ended or is overdue."""
+        if self.world_size > 1:
             import torch.distributed as dist
 
-            _call(lambda: dist.monitored_barrier(timeout=patience))
+            _wait(lambda: dist.monitored_barrier(timeout=timeout))
 
 
-def _call(work: Callable[[], Any]) -> None:
-    """Wait for the others in a thread of its own, so that signals are heard meanwhile."""
+def _wait(collective: Callable[[], Any]) -> None:
+    """Wait for a collective in a thread, so that signals are heard meanwhile."""
     problems: list[Exception] = []
 
     def run() -> None:
         try:
-            work()
+            collective()
         except Exception as error:  # gloo raises RuntimeError, the store its own kinds
             problems.append(error)
 
@@ -101,30 +101,45 @@ def _call(work: Callable[[], Any]) -> None:
         ) from problems[0]
 
 
+def _environment(name: str, default: int) -> int:
+    """A whole number that a launcher set."""
+    try:
+        return int(os.environ.get(name) or default)
+    except ValueError:
+        raise InputError(
+            f"{name}: expected a whole number from the launcher, found {os.environ[name]!r}"
+        ) from None
+
+
+def world_size() -> int:
+    """How many processes a launcher started; 1 without one."""
+    return _environment("WORLD_SIZE", 1) if "RANK" in os.environ else 1
+
+
 _connected: Ranks | None = None
 
 
-def ranks() -> Ranks:
-    """The processes of this run; the first call connects them."""
+def connect() -> Ranks:
+    """The ranks of this run; the first call initialises the process group."""
     global _connected
-    if processes() == 1:
+    if world_size() == 1:
         return Ranks()
     if _connected is None:
         import torch.distributed as dist
 
         found = Ranks(
-            number("RANK", 0), number("WORLD_SIZE", 1),
-            number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1),
+            _environment("RANK", 0), world_size(),
+            _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1),
         )  # fmt: skip
         if not dist.is_initialized():
-            _call(lambda: dist.init_process_group("gloo", timeout=PATIENCE))
+            _wait(lambda: dist.init_process_group("gloo", timeout=PATIENCE))
         _connected = found
     return _connected
 
 
-def leave(error: BaseException | None = None) -> None:
-    """Part from the others; after an error all know of, not before one has spoken: a launcher
-    ends the rest when the first one fails."""
+def disconnect(error: BaseException | None = None) -> None:
+    """Leave the process group. After an error that all ranks know of, wait until one has printed
+    it: a launcher ends the rest when the first one fails."""
     global _connected
     if _connected is None:
         return
@@ -132,21 +147,19 @@ def leave(error: BaseException | None = None) -> None:
 
     if getattr(error, "agreed", False):
         with suppress(InputError):
-            _connected.wait(timedelta(seconds=5))
+            _connected.barrier(timedelta(seconds=5))
     _connected = None
     if dist.is_initialized() and error is None:
         dist.destroy_process_group()
 
 
 def device_for(device_map: str, ranks: Ranks) -> str:
-    """The device of this process: with CUDA each takes its own."""
-    if ranks.world == 1:
+    """The device of this rank: with CUDA each takes the one of its local rank."""
+    if ranks.world_size == 1 or device_map in ("cpu", "mps") or ":" in device_map:
         return device_map
     if device_map not in ("auto", "cuda"):
-        if device_map in ("cpu", "mps") or ":" in device_map:
-            return device_map
         raise InputError(
-            f"device_map: expected a device for each of {ranks.world} processes, found "
+            f"device_map: expected a device for each of {ranks.world_size} processes, found "
             f"{device_map}, which spreads one model over all of them; start one process, or use "
             "--device_map auto"
         )
@@ -158,7 +171,7 @@ def device_for(device_map: str, ranks: Ranks) -> str:
     if ranks.local_rank >= here:
         raise InputError(
             f"device_map: expected a GPU for each process on this machine, found {here} for "
-            f"{ranks.local_world}; start {here} processes, or use --device_map cpu"
+            f"{ranks.local_world_size}; start {here} processes, or use --device_map cpu"
         )
     torch.cuda.set_device(ranks.local_rank)
     return f"cuda:{ranks.local_rank}"

@@ -1,14 +1,7 @@
-"""xarray.Dataset <-> run directory, and the record of how a result came about."""
+"""xarray.Dataset <-> run directory."""
 
-import json
-import platform
-import resource
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +9,16 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.measures import (
     FOLLOW_TOKEN_AGG,
     MEASURES,
-    layer_normalised,
-    uniform_first_attention,
 )
-from tl_headnorm.plots import notebook
-from tl_headnorm.run.files import write_bytes, write_json, write_with
+from tl_headnorm.run.files import write_json, write_with
+from tl_headnorm.run.record import git_commit as git_commit
+from tl_headnorm.run.record import now as now
+from tl_headnorm.run.record import peak_memory_bytes as peak_memory_bytes
+from tl_headnorm.run.record import versions as versions
 from tl_headnorm.stats import Moments
-
-
-def now() -> str:
-    """Local time with its offset, to the second."""
-    return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = {
-        "torch": "torch",
-        "transformers": "transformers",
-        "transformer_lens": "transformer-lens",
-        "tl_headnorm": "tl-headnorm",
-    }
-    found = {"python": platform.python_version()}
-    for name, package in packages.items():
-        try:
-            found[name] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        out = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return out.stdout.strip() if out.returncode == 0 else None
-
-
-def peak_memory_bytes(device: str) -> int:
-    """Most memory held so far: of the CUDA device, else of this process."""
-    if device == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def build(
@@ -94,7 +38,6 @@ def build(
     counts = run[f"{next(iter(moments))}_n"].sum("head").values
     run.attrs["missing_layers"] = [int(layer) for layer in np.flatnonzero(counts == 0)]
     _label(run)
-    notebook.show_runs()
     return run
 
 
@@ -175,35 +118,6 @@ def heads_table(run: xr.Dataset) -> pd.DataFrame:
     return table
 
 
-def new_run_dir(output_dir: str | Path, experiment_name: str) -> Path:
-    """Make `<output_dir>/<experiment_name>_<YYYYmmdd_HHMMSS>`, a second later if it is taken.
-
-    Raises InputError where it cannot be written.
-    """
-    moment = datetime.now()
-    while True:
-        path = Path(output_dir).expanduser() / f"{experiment_name}_{moment:%Y%m%d_%H%M%S}"
-        try:
-            path.mkdir(parents=True)
-            write_bytes(path / ".writable", b"")
-            (path / ".writable").unlink()
-            return path
-        except FileExistsError:
-            if not path.is_dir():
-                raise _not_writable(output_dir, "it is a file") from None
-            moment += timedelta(seconds=1)
-        except OSError as error:
-            remove_if_empty(path)
-            raise _not_writable(output_dir, first_line(error)) from None
-
-
-def _not_writable(output_dir: str | Path, why: str) -> InputError:
-    return InputError(
-        f"output_dir: expected a directory that can be written, found {output_dir} ({why}); "
-        "choose another with --output_dir"
-    )
-
-
 def save_arrays(run: xr.Dataset, path: Path) -> None:
     """Write everything of the run directory but figures and meta.json; each file appears whole."""
     write_json(path / "config.json", run.attrs["settings"])
@@ -219,7 +133,7 @@ def save_arrays(run: xr.Dataset, path: Path) -> None:
     }
     write_with(path / "moments.npz", partial(_save_arrays, moments))
     if all(name in run for name in names):
-        arrays = {name: run[name].values.astype(np.float32) for name in names}
+        arrays = {name: np.asarray(run[name].values, np.float32) for name in names}
         write_with(path / "per_sample.npz", partial(_save_arrays, arrays))
     heads, samples = heads_table(run), samples_table(run)
     write_with(path / "heads.parquet", lambda f: heads.to_parquet(f, index=False))
@@ -238,114 +152,3 @@ def _save_array(array: np.ndarray, stream: Any) -> None:
 
 def _save_arrays(arrays: Mapping[str, np.ndarray], stream: Any) -> None:
     np.savez(stream, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub: keywords are bool
-
-
-def load_run(path: str | Path) -> xr.Dataset:
-    """The Dataset of a finished run directory. Raises InputError where it is not one."""
-    folder = Path(path).expanduser()
-    if not (folder / "meta.json").is_file():
-        raise InputError(
-            f"run: expected a finished run directory with meta.json, found none in {folder}; "
-            "check the path, or run collect again if it was interrupted"
-        )
-    record = _read(folder / "meta.json", _json)
-    record["settings"] = _read(folder / "config.json", _json)
-    stored = _read(folder / "moments.npz", _arrays)
-    samples = folder / "per_sample.npz"
-    values = _read(samples, _arrays) if samples.exists() else {}
-    table = _read(folder / "samples.parquet", pd.read_parquet)
-    try:
-        return _assemble(record, stored, values, table)
-    except Exception as error:  # what is missing or of another kind shows itself anywhere
-        raise InputError(
-            f"run: expected what collect wrote in {folder}, found files that do not fit each "
-            f"other ({type(error).__name__}: {first_line(error)}); run collect again"
-        ) from error
-
-
-def derive(run: xr.Dataset) -> xr.Dataset:
-    """The run with what follows from its per-sample values, and is therefore never stored.
-
-    `<measure>_over_layer` [sample, layer, head]: each value over the mean size of its layer's
-    heads on that sample; `<measure>_over_layer_mean` [layer, head]: its mean over samples. Beside
-    attention_first, `attention_first_uniform` [sample] is that of a head that attends alike to
-    all it may see. Raises InputError without per-sample values.
-    """
-    found = run.copy()
-    for name in measures_of(run):
-        if name not in run:
-            raise InputError(
-                f"run: expected per-sample values of {name}, found none; collect with "
-                "--per_sample true"
-            )
-        words = run[name].attrs | {"formula": f"{run[name].attrs['formula']} / layer mean"}
-        values = layer_normalised(run[name].values.astype(np.float64))
-        found[f"{name}_over_layer"] = (run[name].dims, values, {**words, "units": "share"})
-        mean = Moments.of(values).mean_or_nan()
-        words = {**words, "units": "share", "statistic": "mean"}
-        found[f"{name}_over_layer_mean"] = (("layer", "head"), mean, words)
-    if "attention_first" in run:
-        shares = [uniform_first_attention(int(n)) for n in run["n_tokens"].values]
-        found.coords["attention_first_uniform"] = ("sample", np.array(shares))
-    return found
-
-
-def _read(path: Path, read: Callable[[Path], Any]) -> Any:
-    """A file of a run; damaged ones fail in as many ways as there are formats."""
-    try:
-        return read(path)
-    except Exception as error:
-        what = "no such file" if not path.exists() else first_line(error)
-        raise InputError(
-            f"run: expected {path.name} as collect wrote it, found {path} damaged or missing "
-            f"({what}); run collect again"
-        ) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__}, not an object")
-    return found
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    # np.load would leave the file of a damaged archive open.
-    with path.open("rb") as stream, np.load(stream) as stored:
-        return {name: stored[name] for name in stored.files}
-
-
-def _assemble(
-    record: dict[str, Any],
-    stored: Mapping[str, np.ndarray],
-    values: Mapping[str, np.ndarray],
-    table: pd.DataFrame,
-) -> xr.Dataset:
-    names = [key.removesuffix("_M2") for key in stored if key.endswith("_M2")]
-    if not names:
-        raise ValueError("no measure in moments.npz")
-    moments = {
-        name: Moments(*(stored[f"{name}_{part}"] for part in ("n", "mean", "M2"))) for name in names
-    }
-    run = build({name: values[name] for name in names if values}, moments, record)
-    most = max(int(moment.n.max()) for moment in moments.values())
-    if most > len(table) or len(table) != record["num_processed"]:
-        raise ValueError(
-            f"{len(table)} rows in samples.parquet, {most} samples in moments.npz, "
-            f"{record['num_processed']} in meta.json"
-        )
-    run.coords["sample"] = ("sample", table["index"].to_numpy())
-    run.coords["sample_id"] = ("sample", table["id"].to_numpy(dtype=object))
-    run.coords["n_tokens"] = ("sample", table["n_tokens"].to_numpy(dtype=np.int64))
-    for column in ("answer_letter", "predicted", "correct"):
-        known = table[column].astype(object)
-        run.coords[column] = ("sample", known.where(known.notna(), None).to_numpy(dtype=object))
-    return run
-
-
-def remove_if_empty(path: Path) -> None:
-    """Take back a run directory in which nothing was written."""
-    try:
-        path.rmdir()
-    except OSError:
-        return

@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 from tl_headnorm.commands.ablate.settings import AblateSettings
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine.protocol import Start
 from tl_headnorm.errors import InputError

@@ -25,6 +25,7 @@ from tl_headnorm.plots.save import save_page
 from tl_headnorm.run import results
 from tl_headnorm.run.files import write_json, write_text, write_with
 from tl_headnorm.run.loading import open_model, open_questions, run_dir, say
+from tl_headnorm.run.reading import load_run
 
 Figures = dict[str, Figure]  # by file stem
 
@@ -101,7 +102,7 @@ def _grouped(settings: AttributeSettings) -> bool:
 
 def _norms(source: str) -> dict[str, np.ndarray]:
     """Mean norms of a collect run."""
-    run = results.load_run(source)
+    run = load_run(source)
     return {name: run[f"{name}_mean"].values for name in results.measures_of(run)}
 
 

@@ -13,7 +13,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 from tl_headnorm.commands.bench.settings import BenchSettings
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.data.batches import Batch, batches_in_order
 from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import load_questions

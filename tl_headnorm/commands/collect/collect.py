@@ -1,37 +1,41 @@
-"""A whole run: questions in, a Dataset out, its state kept on the way where that is asked for."""
+"""The heart: every head's measures for every sample of a dataset."""
 
-import logging
-import shutil
 import time
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
+from jaxtyping import Int
+from tqdm.auto import tqdm
 
-from tl_headnorm.commands.collect.measuring import (
-    Collected,
-    Progress,
-    measure_planned,
-    measure_samples,
-    plan_samples,
-)
-from tl_headnorm.data.plan import Planned
-from tl_headnorm.data.prepare import Prepared, prepare
+from tl_headnorm.commands.collect.record import options_of, record_of, validate, warn_missing
+from tl_headnorm.data.plan import Group, Planned, plan_run, prefix_groups
+from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import Question
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.measures import choose_measures
-from tl_headnorm.measures.measurer import How, most_tokens
+from tl_headnorm.engine.memory import halving_on_oom
+from tl_headnorm.errors import InputError
+from tl_headnorm.measures.measurer import (
+    Factors,
+    Found,
+    MeasureOptions,
+    Measurer,
+    factors_of,
+    most_tokens,
+)
 from tl_headnorm.model.loading import Model
-from tl_headnorm.oracle import hugging_face
-from tl_headnorm.run import fingerprints, results
-from tl_headnorm.run.checkpoints import Keeper, Kept, Layout, locked
-from tl_headnorm.run.ranks import Ranks
+from tl_headnorm.run.fingerprints import of_run
+from tl_headnorm.run.log import InMemory, RunLog, Work, on_disk
+from tl_headnorm.run.record import now, versions
+from tl_headnorm.run.results import add_samples, build
 from tl_headnorm.run.resume import STATE
+from tl_headnorm.run.segments import Column
 from tl_headnorm.settings import Settings
+from tl_headnorm.stats import Moments
 
 
 def collect(
@@ -62,199 +66,177 @@ def collect(
     """
     settings = (settings or Settings()).updated(**overrides)
     if state_dir is None:
-        run = collect_share(model, questions, settings, progress=progress)
+        run = collect_into(InMemory(), model, questions, settings, progress=progress)
     else:
-        folder = Path(state_dir) / STATE
-        folder.mkdir(parents=True, exist_ok=True)
-        keeper = Keeper(folder, settings.checkpoint_every)
-        with locked(folder, alone=True):
-            try:
-                run = collect_share(model, questions, settings, progress=progress, keeper=keeper)
-            finally:
-                keeper.close()
-            # The arrays stay readable: a file that is mapped lives on without its name.
-            shutil.rmtree(folder)
+        with on_disk(Path(state_dir) / STATE, settings.checkpoint_every) as log:
+            run = collect_into(log, model, questions, settings, progress=progress)
     assert run is not None  # one process alone gets it
     return run
 
 
-def collect_share(
+def collect_into(
+    log: RunLog,
     model: Model,
     questions: Sequence[Question],
     settings: Settings,
     *,
     progress: bool = True,
-    keeper: Keeper | None = None,
 ) -> xr.Dataset | None:
-    """What `collect` does, as one of the keeper's processes; the first of them gets the Dataset."""
-    started_at, clock = results.now(), time.perf_counter()
-    ranks = Ranks()
-    if keeper:
-        ranks, keeper.began = keeper.ranks, time.monotonic()
-    prepared = ranks.together(lambda: prepare(model.tokenizer, model.n_ctx, questions, settings))
-    how = _how(settings, questions)
-    ids = [question.id for question in questions]
-    if keeper is None:
-        wanted = settings.per_sample or settings.validate_samples
-        none: dict[str, Any] | None = None if wanted else {}
-        collected = measure_samples(
-            model, prepared.encoded, store=none, progress=progress, names=ids, **vars(how)
-        )
-        spent = {"started_at": started_at, "wall_seconds": time.perf_counter() - clock}
-    else:
-        kept = _measure_kept(model, prepared, how, settings, keeper, ids, started_at, progress)
-        if kept is None:
-            return None
-        collected, spent = Collected(kept.values, kept.moments, kept.predicted), keeper.spent()
-    record = _record(model, prepared, settings, how, spent)
-    run = results.build(collected.values if settings.per_sample else {}, collected.moments, record)
-    results.add_samples(run, questions, prepared.encoded, collected.predicted)
-    _warn_missing(run)
+    """Measure every head over the questions; the Dataset, or None in ranks other than the first.
+
+    1 prepare prompts  2 plan batches  3 measure each batch  4 build the run.
+    """
+    # 1 prepare prompts
+    prompts = log.ranks.agree(lambda: prepare(model.tokenizer, model.n_ctx, questions, settings))
+    samples, options = prompts.encoded, options_of(settings, questions)
+    # 2 plan batches: the same ones in every session and rank, whatever memory is free
+    share = 1 if model.device.type == "cuda" else log.ranks.local_world_size
+    tokens = log.settled("max_batch_tokens", lambda: batch_tokens(model, samples, options, share))
+    plan = plan_batches(model, samples, replace(options, max_batch_tokens=tokens))
+    n_stored = len(samples) if settings.per_sample else settings.validate_samples
+    identity = of_run(model, prompts, options, plan)
+    made_by = {**versions(), "device": model.device.type}
+    columns = columns_of(model, options, n_stored)
+    log.begin(Work(columns, len(samples), len(plan), identity, made_by))
+    # 3 measure each batch
+    measure(log, model, samples, plan, options, names=[q.id for q in questions], progress=progress)
+    # 4 build the run
+    gathered = log.gather()
+    if gathered is None:
+        return None
+    record = record_of(model, prompts, settings, options, log.spent())
+    values = {name: gathered.values[name] for name in gathered.moments}
+    run = build(values if settings.per_sample else {}, gathered.moments, record)
+    predicted = gathered.values["predicted"] if options.score else np.full(len(samples), -1)
+    add_samples(run, questions, samples, predicted)
+    warn_missing(run)
     if settings.validate_samples:
-        _validate(model, collected.values, prepared.encoded, settings, run)
-    run.attrs["finished_at"] = results.now()
+        validate(model, values, samples, settings, run)
+    run.attrs["finished_at"] = now()
     return run
 
 
-def _how(settings: Settings, questions: Sequence[Question]) -> How:
-    measures = choose_measures(
-        settings.measures, settings.measures_file, scored=settings.score_answers
-    )
-    if settings.validate_samples:
-        hugging_face.comparable([measure.name for measure in measures])
-    return How(
-        token_agg=settings.token_agg,
-        exclude_first_token=settings.exclude_first_token,
-        padding_side=settings.padding_side,
-        batch_size=settings.batch_size,
-        max_batch_tokens=settings.max_batch_tokens,
-        score=settings.score_answers,
-        measures=measures,
-        answers=[question.answer for question in questions],
-    )
-
-
-def _measure_kept(
+@torch.inference_mode()
+def measure(
+    log: RunLog,
     model: Model,
-    prepared: Prepared,
-    how: How,
-    settings: Settings,
-    keeper: Keeper,
-    ids: Sequence[str],
-    started_at: str,
-    progress: bool,
-) -> Kept | None:
-    """Measure what is left for this process; the first of them gets what all have measured."""
-    samples, ranks, recorded = prepared.encoded, keeper.ranks, keeper.recorded()
-    facts: dict[str, Any] = {
-        "started_at": started_at,
-        "max_batch_tokens": how.max_batch_tokens,
-        "made_by": {**results.versions(), "device": model.device.type},
-    }
-    if recorded:  # the batches must be the same ones, whatever memory is free now
-        if ranks.first:
-            _say_what_changed(recorded["facts"]["made_by"], facts["made_by"])
-        facts = recorded["facts"]
-    elif how.max_batch_tokens == "auto":
-        mine = most_tokens(model, how, max(map(len, samples)))
-        if model.device.type != "cuda":  # the host's memory, which the processes share
-            mine = max(1, mine // ranks.local_world)
-        facts["max_batch_tokens"] = min(ranks.everyones(mine))
-    how = replace(how, max_batch_tokens=int(facts["max_batch_tokens"]))
-    plan = plan_samples(model, samples, how)
-    layout = Layout(
-        batches=len(plan),
-        samples=len(samples),
-        rows=len(samples) if settings.per_sample else min(settings.validate_samples, len(samples)),
-        layers=model.info.n_layers,
-        heads=model.info.n_heads,
-        measures=tuple(measure.name for measure in how.measures),
-        scored=how.score,
-    )
-    keeper.begin(layout, fingerprints.of_run(model, prepared, how, plan), facts)
-    left = keeper.mine(plan)
-    total = sum(len(planned.samples) for planned in left)
-    before = len(samples) - total if ranks.world == 1 else 0
-    title = "collect" if ranks.world == 1 else f"collect (process 1 of {ranks.world})"
-    shown = progress and ranks.first
-    with keeper.stop.held(), Progress(before + total, shown, before=before, title=title) as bar:
-
-        def done(planned: Planned) -> None:
-            bar.step(planned)
-            keeper.done(planned.number)
-
-        measure_planned(model, left, samples, keeper.share, how, names=ids, done=done)
-    keeper.share.peak_memory = max(
-        keeper.share.peak_memory, results.peak_memory_bytes(model.device.type)
-    )
-    row_of = {sample.index: row for row, sample in enumerate(samples)}
-    return keeper.gather(plan, row_of)
-
-
-def _say_what_changed(before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    changed = [f"{k} {before.get(k)}, now {now[k]}" for k in now if before.get(k) != now[k]]
-    if changed:
-        logging.getLogger("tl_headnorm").warning(
-            "resumed with %s: the batches that are left may differ in their last digits from what "
-            "they would have given",
-            "; ".join(changed),
-        )
-
-
-def _validate(
-    model: Model,
-    values: Mapping[str, np.ndarray],
-    encoded: Sequence[Encoded],
-    settings: Settings,
-    run: xr.Dataset,
+    samples: Sequence[Encoded],
+    plan: Sequence[Planned],
+    options: MeasureOptions,
+    *,
+    names: Sequence[str] = (),
+    factors: Factors | None = None,
+    progress: bool = False,
 ) -> None:
-    """Compare the first samples with Hugging Face; the record says how it went."""
-    seen = xr.Dataset({n: (("sample", "layer", "head"), v) for n, v in values.items()})
-    checked = hugging_face.validate(model, seen, encoded, settings, settings.validate_samples)
-    run.attrs["validated_against_hf"] = checked["worst_relative"]
-    if "precision" in checked:
-        run.attrs["precision"] = checked["precision"]
-    if not checked["passed"]:
-        warnings.warn(f"Hugging Face disagrees: {hugging_face.describe(checked)}", stacklevel=3)
+    """Measure the planned batches into the log; a row is a sample's place in `samples`.
+
+    Raises InputError at a value that is not finite, with layer, head and sample.
+    """
+    row_of = {sample.index: row for row, sample in enumerate(samples)}
+    factors = factors or factors_of(model)
+    group, measurer = None, None
+    for batch in with_bar(log, plan, progress):
+        if measurer is None or batch.group is not group:
+            group = batch.group
+            measurer = Measurer(model, factors, options, group.prefix)
+        for part, found in halving_on_oom(batch.samples, measurer.of_prompts):
+            rows = [row_of[sample.index] for sample in part]
+            check_finite(found, part, options, [names[r] if names else str(r) for r in rows])
+            log.add(rows, {**found.values, "predicted": found.predicted})
 
 
-def _record(
+def batch_tokens(
+    model: Model, samples: Sequence[Encoded], options: MeasureOptions, share: int = 1
+) -> int:
+    """Padded tokens per pass: the setting or, of what fits into memory, one part of `share`."""
+    most = most_tokens(model, options, max(map(len, samples), default=1))
+    return max(1, most // share) if options.max_batch_tokens == "auto" else most
+
+
+def plan_batches(
+    model: Model, samples: Sequence[Encoded], options: MeasureOptions
+) -> list[Planned]:
+    """The batches of a run; `max_batch_tokens` auto goes by the memory that is free now."""
+    shared = options.share_prefix and model.engine.shares_prefix
+    groups = prefix_groups(samples) if shared else [Group(tuple(samples), 0)]
+    tokens = batch_tokens(model, samples, options)
+    return plan_run(groups, options.batch_size, tokens, sort=options.sort)
+
+
+def columns_of(model: Model, options: MeasureOptions, n_stored: int | None) -> list[Column]:
+    """The values of a sample: every measure [layer, head] and the predicted option."""
+    shape = (model.info.n_layers, model.info.n_heads)
+    predicted = [Column("predicted", dtype="<i2", moments=False)] if options.score else []
+    return [*(Column(m.name, shape, stored=n_stored) for m in options.measures), *predicted]
+
+
+def with_bar(log: RunLog, plan: Sequence[Planned], shown: bool) -> Iterator[Planned]:
+    """The remaining batches under a bar on stderr that counts samples and tokens/s."""
+    n_ranks, total = log.ranks.world_size, sum(len(batch.samples) for batch in plan)
+    left = sum(len(batch.samples) for batch in log.missing(plan))
+    before = total - left if n_ranks == 1 else 0
+    title = "collect" if n_ranks == 1 else f"collect (process 1 of {n_ranks})"
+    started, tokens = time.perf_counter(), 0
+    with tqdm(
+        total=before + left, initial=before, unit="sample", desc=title,
+        disable=not (shown and log.ranks.first),
+    ) as bar:  # fmt: skip
+        for batch in log.remaining(plan):
+            yield batch
+            tokens += sum(len(sample) for sample in batch.samples)
+            rate = tokens / max(time.perf_counter() - started, 1e-9)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            bar.update(len(batch.samples))
+
+
+def check_finite(
+    found: Found, samples: Sequence[Encoded], options: MeasureOptions, names: Sequence[str]
+) -> None:
+    """NaN stands for a layer whose hook did not fire, or a prompt too short for the measure;
+    anywhere else it is an error."""
+    for measure in options.measures:
+        value = found.values[measure.name]
+        bad = ~np.isfinite(value)
+        bad[:, list(found.missing)] = False
+        bad[[len(sample) < measure.least_tokens for sample in samples]] = False
+        if bad.any():
+            row, layer, head = np.argwhere(bad)[0]
+            raise InputError(
+                f"{measure.name}: expected finite values, found {value[row, layer, head]} in "
+                f"layer {layer}, head {head} of sample {names[row]}; try --dtype fp32, or check "
+                "the weights"
+            )
+
+
+@dataclass
+class Measured:
+    """Per-sample values [sample, layer, head] and moments by measure; predictions by sample."""
+
+    values: dict[str, np.ndarray]
+    moments: dict[str, Moments]
+    predicted: Int[np.ndarray, " sample"]
+
+
+def measure_samples(
     model: Model,
-    prepared: Prepared,
-    settings: Settings,
-    how: How,
-    spent: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What meta.json says, but for what only the values tell."""
-    tokens, seconds = sum(len(sample) for sample in prepared.encoded), spent["wall_seconds"]
-    return {
-        "num_processed": len(prepared.encoded),
-        **prepared.record,
-        "model": model.info.as_dict(),
-        "weights_sha256": fingerprints.weights(model),
-        "padding_side": settings.padding_side,
-        "token_agg": settings.token_agg,
-        "exclude_first_token": settings.exclude_first_token,
-        "measures": {m.name: {"formula": m.formula, "unit": m.unit} for m in how.measures},
-        "answer_scoring": "letter" if settings.score_answers else None,
-        "versions": results.versions(),
-        "git_commit": results.git_commit(),
-        "validated_against_hf": None,
-        "processes": 1,
-        "sessions": 1,
-        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "peak_memory_bytes": results.peak_memory_bytes(model.device.type),
-        "seed": settings.seed,
-        "settings": settings.as_dict(),
-        **spent,
-        "wall_seconds": round(seconds, 3),
-    }
+    samples: Sequence[Encoded],
+    *,
+    progress: bool = False,
+    names: Sequence[str] = (),
+    factors: Factors | None = None,
+    log: RunLog | None = None,
+    **options: Any,
+) -> Measured:
+    """Measure tokenised prompts; values come back in their order, whatever the batches were.
 
-
-def _warn_missing(run: xr.Dataset) -> None:
-    missing = run.attrs["missing_layers"]
-    if missing:
-        warnings.warn(
-            f"no values for layers {missing}: their hook_z did not fire; they are NaN with count 0",
-            stacklevel=3,
-        )
+    `options` takes the fields of MeasureOptions. For studies that need the norms on the way.
+    """
+    chosen, log = MeasureOptions(**options), log or InMemory()
+    plan = plan_batches(model, samples, chosen)
+    log.begin(Work(columns_of(model, chosen, None), len(samples), len(plan)))
+    measure(log, model, samples, plan, chosen, names=names, factors=factors, progress=progress)
+    gathered = log.gather()
+    assert gathered is not None  # one process alone
+    values = {name: gathered.values[name] for name in gathered.moments}
+    predicted = gathered.values["predicted"] if chosen.score else np.full(len(samples), -1)
+    return Measured(values, gathered.moments, predicted.astype(np.int64))

@@ -1,45 +1,56 @@
-"""What `collect`, `validate`, `evaluate` and `bench` do, from settings to files."""
+"""`collect`, from settings to files."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tl_headnorm.commands.collect.collect import collect_share
-from tl_headnorm.commands.report.command import report_of_new_run
-from tl_headnorm.data.questions import Questions
+import xarray as xr
+
+from tl_headnorm.commands.collect.collect import collect_into
+from tl_headnorm.data.questions import Question, Questions
 from tl_headnorm.measures import choose_measures
 from tl_headnorm.model.loading import Model
-from tl_headnorm.plots.heatmaps import save_heatmap
-from tl_headnorm.run import results
 from tl_headnorm.run.loading import open_both, say
-from tl_headnorm.run.resumable import kept_run
+from tl_headnorm.run.log import OnDisk
+from tl_headnorm.run.results import finish, save_arrays
+from tl_headnorm.run.resume import resumable_run
 from tl_headnorm.settings import Settings
 
+# Adds figures and pages to the directory of a new run; the questions are None where they are not
+# at hand. The table of commands says which (`then`).
+Draw = Callable[[xr.Dataset, Path, Sequence[Question] | None], None]
 
-def run_collect(settings: Settings) -> Path | None:
+
+def run_collect(settings: Settings, draw: Draw) -> Path | None:
     """Measure, write the run directory, say in a few lines what came out; its path.
 
     Of several processes the first writes; the others return None.
     """
-    with kept_run(settings) as kept:
-        path = kept.path
-        if kept.finished:
-            if kept.ranks.first:
+    with resumable_run(settings) as begun:
+        path, ranks = begun.path, begun.ranks
+        if begun.finished:
+            if ranks.first:
                 say(f"{path} is finished: nothing is left to do")
-            return path if kept.ranks.first else None
-        model, questions = kept.ranks.together(lambda: _open(kept.placed))
-        as_begun = replace(settings, resume=None)
-        run = collect_share(model, questions, as_begun, keeper=kept.keeper)
+            return path if ranks.first else None
+        model, questions = ranks.agree(lambda: _open(begun.settings))
+        log = OnDisk(begun.state, settings.checkpoint_every, ranks, begun.stop)
+        run = collect_into(log, model, questions, replace(settings, resume=None))
         if run is None:
             return None
-        results.save_arrays(run, path)
-        for name in results.measures_of(run):
-            save_heatmap(run[f"{name}_mean"], path / f"{name}_heatmap")
-        report_of_new_run(run, path, questions)
-        results.finish(run, path)
-        kept.finish()
+        write_run(run, path, questions, draw)
+        begun.finish()
     say(_in_short(run.attrs))
     return path
+
+
+def write_run(
+    run: xr.Dataset, path: Path, questions: Sequence[Question] | None, draw: Draw
+) -> None:
+    """Every file of a run directory: arrays and tables, figures and pages, meta.json last."""
+    save_arrays(run, path)
+    draw(run, path, questions)
+    finish(run, path)
 
 
 def _open(settings: Settings) -> tuple[Model, Questions]:

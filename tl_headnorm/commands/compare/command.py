@@ -14,11 +14,12 @@ from tl_headnorm.plots.save import save_png
 from tl_headnorm.run import results
 from tl_headnorm.run.files import write_json, write_text, write_with
 from tl_headnorm.run.loading import run_dir, say
+from tl_headnorm.run.reading import load_run
 
 
 def run_compare(settings: CompareSettings) -> Path:
     """Compare two runs, write the table, a page, figures and a summary; the directory."""
-    runs = [results.load_run(path) for path in settings.runs]
+    runs = [load_run(path) for path in settings.runs]
     names = _names(settings)
     with warnings.catch_warnings():  # said below, a line each
         warnings.simplefilter("ignore", UserWarning)

@@ -1,20 +1,20 @@
-"""The main job end to end on the built-in model, told in a few lines."""
+"""`demo`: collect on the built-in model, and what it found in a few lines."""
 
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
-from tl_headnorm.commands.collect.command import run_collect
+from tl_headnorm.commands.collect.command import Draw, run_collect
 from tl_headnorm.commands.demo.settings import DemoSettings
 from tl_headnorm.run.loading import say
-from tl_headnorm.run.results import load_run
+from tl_headnorm.run.reading import load_run
 from tl_headnorm.settings import Settings
 
 SHADES = " ░▒▓█"
 
 
-def run_demo(settings: DemoSettings) -> Path:
+def run_demo(settings: DemoSettings, draw: Draw) -> Path:
     """Collect on builtin:tiny over builtin:questions, checked against Hugging Face; its path."""
     say("The built-in model answers its held-out questions; every head is measured.\n")
     path = run_collect(
@@ -27,7 +27,8 @@ def run_demo(settings: DemoSettings) -> Path:
             validate_samples=settings.validate_samples,
             output_dir=settings.output_dir,
             experiment_name="demo",
-        )
+        ),
+        draw,
     )
     assert path is not None  # one process alone writes it
     say(describe(load_run(path), path))

@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.commands.evaluate.settings import EvaluateSettings
 from tl_headnorm.data.batches import make_batch
 from tl_headnorm.data.prepare import prepare

@@ -17,16 +17,16 @@ from tl_headnorm.interventions.names import useful_sign
 from tl_headnorm.measures import choose_measures
 from tl_headnorm.model.loading import Model
 from tl_headnorm.plots.save import save
-from tl_headnorm.run import results
 from tl_headnorm.run.files import write_json, write_text, write_with
 from tl_headnorm.run.loading import open_both, run_dir, say
+from tl_headnorm.run.reading import load_run
 from tl_headnorm.run.study import record, save_table
 
 
 def run_inactive(settings: InactiveSettings) -> Path:
     """Rank heads by every score, switch them off, write tables, a figure and a summary."""
     choose_measures(settings.measures, settings.measures_file)
-    run = None if settings.run is None else results.load_run(settings.run)
+    run = None if settings.run is None else load_run(settings.run)
     with run_dir(settings.output_dir, settings.experiment_name) as path:
         started = time.time()
         model, questions = open_both(settings)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.commands.inactive import ranking
 from tl_headnorm.commands.inactive.curves import Bench, Curve, all_curves, leave_one_out, numbered
 from tl_headnorm.commands.inactive.scores import (

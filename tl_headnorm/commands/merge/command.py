@@ -1,29 +1,28 @@
-"""What `merge` does, from run directories to one."""
+"""`merge`, from run directories to one."""
 
 from pathlib import Path
 
-from tl_headnorm.commands.merge.merging import merge_runs
+from tl_headnorm.commands.collect.command import Draw, write_run
+from tl_headnorm.commands.merge.merging import check_runs, merge_runs
 from tl_headnorm.commands.merge.settings import MergeSettings
-from tl_headnorm.commands.report.command import report_of_new_run
-from tl_headnorm.plots.heatmaps import save_heatmap
-from tl_headnorm.run import results
-from tl_headnorm.run.loading import run_dir, say
+from tl_headnorm.run.directory import run_dir
+from tl_headnorm.run.loading import say
+from tl_headnorm.run.reading import load_run
+from tl_headnorm.run.record import now
+from tl_headnorm.run.results import measures_of
 
 
-def run_merge(settings: MergeSettings) -> Path:
+def run_merge(settings: MergeSettings, draw: Draw) -> Path:
     """Read, check, merge, write a run directory like collect's; its path."""
-    paths = [Path(run).expanduser().resolve() for run in settings.runs]
-    runs = [results.load_run(path) for path in paths]
-    merged = merge_runs(runs, [str(path) for path in paths])
-    merged.attrs["merge"] |= {"runs": list(map(str, paths)), "finished_at": results.now()}
-    names = results.measures_of(merged)
+    names = [str(Path(run).expanduser().resolve()) for run in settings.runs]
+    runs = [load_run(name, mapped=True) for name in names]
+    check_runs(runs, names)
     with run_dir(settings.output_dir, settings.experiment_name) as path:
-        results.save_arrays(merged, path)
-        for name in names:
-            save_heatmap(merged[f"{name}_mean"], path / f"{name}_heatmap")
-        report_of_new_run(merged, path)
-        results.finish(merged, path)
-    without = [str(p) for p, run in zip(paths, runs, strict=True) if names[0] not in run]
+        merged = merge_runs(runs, names, folder=path)
+        merged.attrs["merge"] |= {"runs": names, "finished_at": now()}
+        write_run(merged, path, None, draw)
+    measure = measures_of(merged)[0]
+    without = [name for name, run in zip(names, runs, strict=True) if measure not in run]
     if 0 < len(without) < len(runs):
         say(f"no per_sample.npz is written: {', '.join(without)} has none")
     accuracy = merged.attrs["accuracy"]

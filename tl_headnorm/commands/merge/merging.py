@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import xarray as xr
 
 from tl_headnorm.errors import InputError
 from tl_headnorm.run import results
+from tl_headnorm.run.segments import RowFile
 from tl_headnorm.settings import parse_shard
 from tl_headnorm.stats import Moments
 
@@ -28,11 +30,19 @@ PROMPTS = (
 NUMBERS = ("token_agg", "exclude_first_token", "measures", "answer_scoring")
 SAMPLE_COORDS = ("sample_id", "n_tokens", "answer_letter", "predicted", "correct")
 
+# Samples that are copied at once.
+CHUNK = 256
+
 Record = dict[str, Any]
 
 
-def merge_runs(runs: Sequence[xr.Dataset], names: Sequence[str] = ()) -> xr.Dataset:
+def merge_runs(
+    runs: Sequence[xr.Dataset], names: Sequence[str] = (), folder: Path | None = None
+) -> xr.Dataset:
     """One run of all samples: moments by Moments.merge, values per sample side by side.
+
+    With `folder` the values are put together in files there that have no name, some samples at a
+    time: with runs that are mapped (load_run) memory does not grow with the number of samples.
 
     Samples come in the order of the dataset where every run is of the same file (sha256) read on
     the same terms, else in the order given, numbered anew. Values per sample are kept where every
@@ -40,27 +50,16 @@ def merge_runs(runs: Sequence[xr.Dataset], names: Sequence[str] = ()) -> xr.Data
     before included; what they agree in stands in `attrs` itself, what they differ in as a list.
     Models are told apart by the digest of their weights, so that their paths may differ.
 
-    Raises InputError for fewer than two runs, for runs that differ in what made their numbers
-    (model, data type, engine, prompts, aggregation, measures), and for a sample that is in two
-    runs (same id, or same place in the same file).
-
-    What it cannot tell: whether two versions of a library computed alike.
+    Raises InputError as `check_runs`. What it cannot tell: whether two versions of a library
+    computed alike.
     """
-    if len(runs) < 2:
-        raise InputError(f"runs: expected two run directories or more, found {len(runs)}")
-    names = list(names) or [f"run {i}" for i in range(1, len(runs) + 1)]
-    leaves = [leaves_of(run, name) for run, name in zip(runs, names, strict=True)]
-    every = [leaf for part in leaves for leaf in part]
-    _check_alike(every)
-    _check_variables(runs, names)
-    known = _order_known(every)
-    order = _sample_order(runs, names, known)
+    every, known, order = check_runs(runs, names)
     moments = {
         name: reduce(Moments.merge, (_moments(run, name) for run in runs))
         for name in results.measures_of(runs[0])
     }
     values = {
-        name: np.concatenate([run[name].values for run in runs])[order]
+        name: _in_order([run[name].values for run in runs], order, folder)
         for name in moments
         if all(name in run for run in runs)
     }
@@ -78,6 +77,40 @@ def merge_runs(runs: Sequence[xr.Dataset], names: Sequence[str] = ()) -> xr.Data
     scored = all(value is not None for value in correct)
     merged.attrs["accuracy"] = sum(map(bool, correct)) / len(correct) if scored else None
     return merged
+
+
+def check_runs(
+    runs: Sequence[xr.Dataset], names: Sequence[str] = ()
+) -> tuple[list[Record], bool, np.ndarray]:
+    """The records of all runs, whether the order of the dataset is known, and that order.
+
+    Raises InputError for fewer than two runs, for runs that differ in what made their numbers
+    (model, data type, engine, prompts, aggregation, measures), and for a sample that is in two
+    runs (same id, or same place in the same file).
+    """
+    if len(runs) < 2:
+        raise InputError(f"runs: expected two run directories or more, found {len(runs)}")
+    names = list(names) or [f"run {i}" for i in range(1, len(runs) + 1)]
+    every = [leaf for run, name in zip(runs, names, strict=True) for leaf in leaves_of(run, name)]
+    _check_alike(every)
+    _check_variables(runs, names)
+    known = _order_known(every)
+    return every, known, _sample_order(runs, names, known)
+
+
+def _in_order(parts: Sequence[np.ndarray], order: np.ndarray, folder: Path | None) -> np.ndarray:
+    """The parts' rows side by side, in the order given."""
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    shape = (len(order), *parts[0].shape[1:])
+    merged = RowFile(folder, shape, "<f4") if folder else np.zeros(shape, np.float32)
+    done = 0
+    for part in parts:
+        for start in range(0, len(part), CHUNK):
+            rows = part[start : start + CHUNK]
+            merged[place[done : done + len(rows)]] = rows
+            done += len(rows)
+    return merged.array() if isinstance(merged, RowFile) else merged
 
 
 def leaves_of(run: xr.Dataset, name: str) -> list[Record]:

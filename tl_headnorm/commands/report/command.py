@@ -12,7 +12,7 @@ from tl_headnorm.commands.report.texts import Texts, texts_of
 from tl_headnorm.data.questions import Question
 from tl_headnorm.errors import first_line
 from tl_headnorm.run.loading import quiet, say
-from tl_headnorm.run.results import load_run
+from tl_headnorm.run.reading import load_run
 
 
 def run_report(settings: ReportSettings) -> Path:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import numpy as np
 
-from tl_headnorm.commands.collect.measuring import measure_samples
+from tl_headnorm.commands.collect.collect import measure_samples
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine.families import FAMILIES, has_hooked
 from tl_headnorm.model.loading import load_model
