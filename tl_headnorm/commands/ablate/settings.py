@@ -32,7 +32,6 @@ class AblateSettings(Settings):
         reference_samples: Samples kept apart, whose z mean, resample and gaussian put in.
         profile: Also take the massive-activation profile of every set.
         time_sharing: Time the sweep on this many questions against one forward each per head.
-        experiment_name: First part of the run directory's name.
     """
 
     heads: Optional[str] = None

@@ -39,7 +39,6 @@ class AttentionSettings(Settings):
         instruction: Part of the prompt that is the instruction; null is all, without the last
             line where a question ends in its answer's.
         seed: Seed of everything random (sampling, repeated tokens, few-shot choice).
-        experiment_name: First part of the run directory's name.
     """
 
     prompt: Optional[str] = None

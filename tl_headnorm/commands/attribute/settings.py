@@ -67,7 +67,6 @@ class AttributeSettings(Settings):
         permutations: Shuffles of the group labels in the permutation test.
         fdr: False discovery rate of the heads said to differ between groups.
         batch_size: Prompts per batch; steps are stacked on top of it.
-        experiment_name: First part of the run directory's name.
     """
 
     methods: Annotated[tuple[str, ...], OneOf("method", (*METHODS, *SHORTHAND))] = (

@@ -1,10 +1,14 @@
 """Settings of `compare`."""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Annotated, Optional
 
-from tl_headnorm.bounds import Checked, Count, DirName, Fraction, OneLine
+from tl_headnorm.bounds import Bound, Checked, Count, DirName, Fraction, OneLine
 from tl_headnorm.errors import InputError
+
+_two = Bound(
+    lambda names: len(set(names)) == 2, "two different names", "use for example --names base,tuned"
+)
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class CompareSettings(Checked):
     """
 
     runs: list[str] = field(default_factory=list)
-    names: Optional[list[str]] = None
+    names: Optional[Annotated[list[str], _two]] = None
     top: Count = 10
     fdr: Fraction = 0.05
     output_dir: OneLine = "outputs"
@@ -36,9 +40,4 @@ class CompareSettings(Checked):
             raise InputError(
                 f"compare: expected two run directories, found {len(self.runs)} ({found}); use "
                 "tl-headnorm compare RUN_A RUN_B"
-            )
-        if self.names is not None and len(set(self.names)) != 2:
-            raise InputError(
-                f"names: expected two different names, found {self.names}; use for example "
-                "--names base,tuned"
             )

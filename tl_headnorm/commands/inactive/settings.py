@@ -48,7 +48,6 @@ class InactiveSettings(Settings):
         points: Loss of accuracy, in points, that still counts as none.
         bootstrap: Draws of samples behind every interval.
         batch_size: Prompts per batch; changed runs are stacked on top of it.
-        experiment_name: First part of the run directory's name.
     """
 
     measures: Union[tuple[str, ...], str] = "all"

@@ -23,7 +23,6 @@ class MassiveSettings(Settings):
         prune: Heads to remove in the comparison of top, bottom and random ones.
         rank_by: Ranks them: first_token_weight or head_resid_contrib_norm.
         sweep_layers: Also switch heads and MLPs off layer by layer.
-        experiment_name: First part of the run directory's name.
     """
 
     dataset: str = "none"

@@ -1,9 +1,11 @@
 """Settings of `report`."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from tl_headnorm.bounds import Checked
-from tl_headnorm.errors import InputError
+from tl_headnorm.bounds import Bound, Checked
+
+_some = Bound(len, "one run directory or more", "for example tl-headnorm report outputs/RUN")
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,6 @@ class ReportSettings(Checked):
         debug: Show the traceback of an error.
     """
 
-    runs: list[str] = field(default_factory=list)
+    runs: Annotated[list[str], _some] = field(default_factory=list)
     texts: bool = True
     debug: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.runs:
-            raise InputError(
-                "runs: expected one run directory or more, found none; for example "
-                "tl-headnorm report outputs/RUN"
-            )

@@ -3,13 +3,15 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Optional, Union
+from typing import Annotated, ClassVar, Literal, Optional, Union
 
-from tl_headnorm.bounds import Count, CountFrom0, DirName, Size, TextLength
+from tl_headnorm.bounds import Bound, Count, CountFrom0, DirName, Size, TextLength
 from tl_headnorm.errors import InputError
 from tl_headnorm.settings import BATCHES, STUDY, Settings
 
-SPANS = re.compile(r"question|option:(answer|wrong|[A-Z])")
+_spans = "question, option:answer, option:wrong or option:A (B, C, ...)"
+_match = re.compile(r"question|option:(answer|wrong|[A-Z])").fullmatch
+Spans = Annotated[str, Bound(_match, _spans, "texts are given by --keyword")]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class SteerSettings(Settings):
         distract: Text (or file with it) also put beside every prompt.
         distract_at: Whether it stands before or after the prompt.
         must_include_least: A text that must appear begins once its token is this probable.
-        experiment_name: First part of the run directory's name.
     """
 
     heads: Optional[str] = None
@@ -53,7 +54,7 @@ class SteerSettings(Settings):
     statistic: str = "auto"
     boost: str = "0.5,1,2,5,20"
     keyword: Optional[Union[list[str], str]] = None
-    spans: Optional[str] = None
+    spans: Optional[Spans] = None
     option_part: Literal["line", "text", "letter"] = "line"
     span_offset: int = 0
     queries: Literal["all", "last"] = "all"
@@ -77,6 +78,7 @@ class SteerSettings(Settings):
     must_include_least: Size = 0.1
     experiment_name: DirName = "steer"
     uses: ClassVar = (*STUDY, *BATCHES)
+    needs: ClassVar = {"distract": "prompts"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,11 +115,6 @@ class SteerSettings(Settings):
             )
 
     def _check_sources(self) -> None:
-        if self.spans is not None and not SPANS.fullmatch(self.spans):
-            raise InputError(
-                "spans: expected question, option:answer, option:wrong or option:A (B, C, ...), "
-                f"found {self.spans!r}; texts are given by --keyword"
-            )
         if self.prompts is not None:
             if self.texts or self.spans or self.keyword:
                 raise InputError(
@@ -130,8 +127,6 @@ class SteerSettings(Settings):
                     "--generate 64"
                 )
             return
-        if self.distract is not None:
-            raise InputError("distract: expected --prompts with it, found none; give a JSONL")
         if self.dataset == "none" and self.texts is None:
             raise InputError(
                 "dataset: expected questions, texts or prompts to run on, found none; give "
