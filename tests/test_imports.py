@@ -92,3 +92,13 @@ def test_a_new_command_needs_no_contract_of_its_own(copy):
     assert not broken(copy)[0]
     (folder / "command.py").write_text("from tl_headnorm.commands.steer import steer\n")
     assert broken(copy)[0] == [COMMANDS]
+
+
+def test_exceptions_are_still_needed(copy):
+    """An exception that nobody needs any more must go."""
+    path = copy / "tl_headnorm" / "commands" / "bench" / "studies.py"
+    source = path.read_text()
+    path.write_text(re.sub(r"^from tl_headnorm\.commands\.attribute.*\n", "", source, flags=re.M))
+    done = subprocess.run([LINT, "--no-cache"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "bench.studies" in done.stdout + done.stderr
