@@ -79,20 +79,27 @@ def test_units_are_numbered_and_any_log_gathers_them(model, truth):
     assert done == [(s, number) for s in range(5) for number in range(1 + len(SWEEP))]
 
     class Part(InMemory):
-        def __init__(self, of, done=()):
-            super().__init__()
-            self.of, self.done = of, list(done)
+        """Does the units of its own, on top of what another one did."""
+
+        def __init__(self, of, before=None):
+            super().__init__(5 * (1 + len(SWEEP)))
+            self.of, self.rows = of, list(before.rows) if before else []
+            if before:
+                self.values = {name: value.copy() for name, value in before.values.items()}
 
         def remaining(self, units):
             return [unit for unit in units if self.of(unit.number)]
 
-    first, second = Part(lambda i: i % 2 == 0), Part(lambda i: i % 2 == 1)
+        def add(self, rows, values):
+            super().add(rows, values)
+            self.rows += rows
+
+    first = Part(lambda number: number % 2 == 0)
     half = run(model, prompts(), SWEEP, METRIC, settings=settings, log=first)
     assert np.isnan(half["loss"]).any()
-    second.done = list(first.done)
+    second = Part(lambda number: number % 2 == 1, first)
     same(run(model, prompts(), SWEEP, METRIC, settings=settings, log=second), truth)
-    numbers = [unit.number for unit, _ in second.done]
-    assert len(numbers) == len(set(numbers))
+    assert sorted(second.rows) == list(range(5 * (1 + len(SWEEP))))  # each once
 
 
 def test_a_chain_starts_each_run_from_the_one_before_it(model):

@@ -43,35 +43,38 @@ class Unit:
 
 @runtime_checkable
 class Log(Protocol):
-    """Where the values of finished units are kept."""
+    """Where values of finished units are kept; of n samples, row r is run r // n, sample r % n."""
 
     def remaining(self, units: Sequence[Unit]) -> Iterable[Unit]:
-        """The units that are not done."""
+        """The units that are left, one after the other."""
         ...
 
-    def add(self, unit: Unit, values: Values) -> None:
-        """Keep the values [run, sample, ...] of a unit."""
+    def add(self, rows: Sequence[int], values: Values) -> None:
+        """Keep the values [row, ...] of the unit at work."""
         ...
 
-    def gather(self) -> Iterable[tuple[Unit, Values]]:
-        """All units that are done."""
+    def gather(self) -> Values:
+        """The values [row, ...] of all rows."""
         ...
 
 
 class InMemory:
-    """A log that lasts as long as the run."""
+    """A log that lasts as long as the run; rows that were never added are NaN."""
 
-    def __init__(self) -> None:
-        self.done: list[tuple[Unit, Values]] = []
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows, self.values = n_rows, Values()
 
     def remaining(self, units: Sequence[Unit]) -> Iterable[Unit]:
         return units
 
-    def add(self, unit: Unit, values: Values) -> None:
-        self.done.append((unit, values))
+    def add(self, rows: Sequence[int], values: Values) -> None:
+        for name, value in values.items():
+            if name not in self.values:
+                self.values[name] = np.full((self.n_rows, *value.shape[1:]), np.nan)
+            self.values[name][rows] = value
 
-    def gather(self) -> Iterable[tuple[Unit, Values]]:
-        return self.done
+    def gather(self) -> Values:
+        return self.values
 
 
 @torch.no_grad()
@@ -99,19 +102,24 @@ def run(
     1 plan units: a batch of samples and a stack of runs  2 run what the log lacks, halving what
     does not fit in memory  3 gather the values by run and sample.
     """
-    settings, log = settings or Settings(), log or InMemory()
+    settings, n_runs = settings or Settings(), 1 + len(interventions)
+    log = log or InMemory(n_runs * len(samples))
     # 1
     most = most_tokens(model, settings)
     units = plan(samples, interventions, settings, most, chained)
     # 2
     runs = _Runs(model, interventions, metric, settings, reference, base, chained, share)
+    row_of = {sample.index: row for row, sample in enumerate(samples)}
     total = sum(len(unit.samples) * len(unit.runs) for unit in units)
     with tqdm(total=total, unit="run", disable=progress is None, desc=progress) as bar:
         for unit in log.remaining(units):
-            log.add(unit, runs.measure(unit.samples, unit.runs))
-            bar.update(len(unit.samples) * len(unit.runs))
+            found = runs.measure(unit.samples, unit.runs)
+            rows = [run * len(samples) + row_of[s.index] for run in unit.runs for s in unit.samples]
+            log.add(rows, {name: v.reshape(-1, *v.shape[2:]) for name, v in found.items()})
+            bar.update(len(rows))
     # 3
-    return _table(log.gather(), samples, 1 + len(interventions))
+    gathered = log.gather()
+    return {name: v.reshape(n_runs, len(samples), *v.shape[1:]) for name, v in gathered.items()}
 
 
 def most_tokens(model: Model, settings: Settings) -> int:
@@ -145,18 +153,6 @@ def plan(
 def _cut(runs: Sequence[int], width: int) -> Iterator[tuple[int, ...]]:
     for first in range(0, len(runs), width):
         yield tuple(runs[first : first + width])
-
-
-def _table(done: Iterable[tuple[Unit, Values]], samples: Sequence[Encoded], n_runs: int) -> Values:
-    row_of = {sample.index: row for row, sample in enumerate(samples)}
-    tables: Values = {}
-    for unit, values in done:
-        rows = [row_of[sample.index] for sample in unit.samples]
-        for name, value in values.items():
-            shape = (n_runs, len(samples), *value.shape[2:])
-            table = tables.setdefault(name, np.full(shape, np.nan))
-            table[np.ix_(unit.runs, rows)] = value
-    return tables
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from tl_headnorm.commands.attribute.gated_loss import GatedLoss
@@ -24,6 +25,7 @@ from tl_headnorm.commands.attribute.methods import (
     GRADIENT_METHODS,
     Context,
     Scores,
+    joined,
 )
 from tl_headnorm.commands.attribute.rollout import token_scores
 from tl_headnorm.commands.attribute.settings import AttributeSettings, expand_methods
@@ -37,17 +39,6 @@ from tl_headnorm.model.loading import Model
 from tl_headnorm.run import results
 
 HEAD_METHODS = {**GRADIENT_METHODS, "shapley": shapley, "loo": loo}
-
-
-@dataclass
-class _Kept:
-    """One method's per-sample values as the batches come in."""
-
-    values: np.ndarray
-    error: np.ndarray
-    relative: np.ndarray
-    steps: np.ndarray
-    noise: np.ndarray
 
 
 @dataclass
@@ -123,56 +114,42 @@ def corrupted_z(gated: GatedLoss, items: Sequence[Encoded], others: Sequence[Enc
     return base
 
 
-def run_methods(job: Job, methods: Sequence[str], *, progress: bool = False) -> dict[str, _Kept]:
+def run_methods(job: Job, methods: Sequence[str], *, progress: bool = False) -> dict[str, Scores]:
     """Per-sample scores of the methods, in dataset order."""
     gated, items, settings = job.gated, job.items, job.settings
-    methods = [method for method in methods if method in HEAD_METHODS]
-    shape = (len(items), gated.n_layers, gated.n_heads)
-    kept = {method: _empty(shape) for method in methods}
-    mean = None
-    if "atp_mean" in methods or settings.baseline == "mean":
-        mean = mean_z(gated, items)
-    others = _others(job) if "atp_corrupted" in methods else None
-    bar = tqdm(total=len(items), unit="sample", disable=not progress, desc="attribute")
+    parts: dict[str, list[Scores]] = {m: [] for m in methods if m in HEAD_METHODS}
+    mean = mean_z(gated, items) if "atp_mean" in parts or settings.baseline == "mean" else None
+    others: Sequence[Encoded] = ()
+    if "atp_corrupted" in parts:
+        others = corrupted_items(gated.model, items, gated.loss, job.questions, settings)
     place = {item.index: row for row, item in enumerate(items)}
-    with bar:
+    rows: list[int] = []
+    with tqdm(total=len(items), unit="sample", disable=not progress, desc="attribute") as bar:
         for number, batch in enumerate(gated.batches(items)):
-            rows = [place[item.index] for item in batch]
+            here = [place[item.index] for item in batch]
             context = Context(gated, batch, settings, mean, seed=number)
-            if others is not None:
-                context.corrupted = corrupted_z(gated, batch, [others[r] for r in rows])
-            for method in methods:
-                _store(kept[method], rows, HEAD_METHODS[method](context), method, job)
+            if others:
+                context.corrupted = corrupted_z(gated, batch, [others[row] for row in here])
+            for method, found in parts.items():
+                scores = HEAD_METHODS[method](context)
+                _check_finite(scores.values, method, job, here)
+                found.append(scores)
+            rows += here
             bar.update(len(batch))
-    return kept
+    order = np.argsort(rows)
+    return {method: joined(found, order) for method, found in parts.items()}
 
 
-def _others(job: Job) -> list[Encoded]:
-    gated = job.gated
-    return corrupted_items(gated.model, job.items, gated.loss, job.questions, job.settings)
-
-
-def _empty(shape: tuple[int, ...]) -> _Kept:
-    nan = np.full(shape[0], np.nan)
-    steps = np.zeros(shape[0], dtype=np.int64)
-    return _Kept(np.full(shape, np.nan), nan.copy(), nan.copy(), steps, np.zeros(shape[1:]))
-
-
-def _store(kept: _Kept, rows: list[int], found: Scores, method: str, job: Job) -> None:
-    values = found.values
-    if not np.isfinite(values).all():
-        row, layer, head = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+def _check_finite(
+    values: Float[np.ndarray, "batch layer head"], method: str, job: Job, rows: Sequence[int]
+) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, layer, head = (int(i) for i in bad[0])
         raise InputError(
             f"{method}: expected finite scores, found {values[row, layer, head]} at layer {layer}, "
             f"head {head} of sample {job.ids[rows[row]]}; try --dtype fp32, or check the weights"
         )
-    if method == "michel" and job.settings.michel_normalise:
-        norms = np.linalg.norm(values, axis=2, keepdims=True)
-        values = values / np.where(norms > 0, norms, 1)
-    kept.values[rows], kept.error[rows] = values, found.error
-    kept.relative[rows] = found.error / np.maximum(found.scale, 1e-12)
-    kept.steps[rows] = found.steps
-    kept.noise += np.nan if found.noise is None else found.noise
 
 
 def attribute(
@@ -195,17 +172,24 @@ def attribute(
     """
     settings = (settings or AttributeSettings()).updated(**overrides)
     started_at, clock = results.now(), time.perf_counter()
+    # 1
     job = open_job(model, questions, settings)
     groups = job.groups()
+    # 2
     methods = expand_methods(settings.methods)
-    run = _dataset(run_methods(job, methods, progress=progress), job, groups)
-    run.attrs |= {
+    scores = run_methods(job, methods, progress=progress)
+    # 3
+    rollout = {"rollout": rollout_tokens(job)} if "rollout" in methods else {}
+    # 4
+    run = _dataset(scores, job, groups)
+    completeness = _completeness(run)
+    run.attrs |= rollout | {
         "num_processed": len(job.items),
         **job.record,
         "model": model.info.as_dict(),
         "loss": settings.loss,
         "methods": list(methods),
-        "completeness_error": _completeness(run),
+        "completeness_error": completeness,
         "versions": results.versions(),
         "git_commit": results.git_commit(),
         "wall_seconds": round(time.perf_counter() - clock, 3),
@@ -215,23 +199,21 @@ def attribute(
         "settings": settings.as_dict(),
         "finished_at": results.now(),
     }
-    if "rollout" in methods:
-        run.attrs["rollout"] = rollout_tokens(job)
     _warn_incomplete(run, settings.tolerance)
     return run
 
 
-def _dataset(kept: dict[str, _Kept], job: Job, groups: list[str] | None) -> xr.Dataset:
-    methods, n = list(kept), len(job.items)
+def _dataset(found: dict[str, Scores], job: Job, groups: list[str] | None) -> xr.Dataset:
+    methods, n = list(found), len(job.items)
     shape = (0, n, job.gated.n_layers, job.gated.n_heads)
-    score = np.stack([k.values for k in kept.values()]) if kept else np.empty(shape)
-    std = score.std(1, ddof=1) if n > 1 else np.full((len(kept), *shape[2:]), np.nan)
-    noise = np.sqrt([k.noise for k in kept.values()]) / n if kept else std
+    score = np.stack([s.values for s in found.values()]) if found else np.empty(shape)
+    std = score.std(1, ddof=1) if n > 1 else np.full((len(found), *shape[2:]), np.nan)
+    none = np.full(shape[2:], np.nan)
+    noise = [none if s.noise is None else s.noise for s in found.values()]
     heads, samples = ("method", "layer", "head"), ("method", "sample")
 
-    def column(name: str) -> Any:
-        return (samples, np.stack([getattr(k, name) for k in kept.values()]) if kept
-                else np.empty((0, n)))  # fmt: skip
+    def column(of: Callable[[Scores], np.ndarray]) -> Any:
+        return samples, np.stack([of(s) for s in found.values()]) if found else np.empty((0, n))
 
     return xr.Dataset(
         {
@@ -239,10 +221,10 @@ def _dataset(kept: dict[str, _Kept], job: Job, groups: list[str] | None) -> xr.D
             "mean": (heads, score.mean(1)),
             "std": (heads, std),
             "stderr": (heads, std / np.sqrt(n)),
-            "sampling_stderr": (heads, np.asarray(noise)),
-            "completeness_error": column("error"),
-            "completeness_relative": column("relative"),
-            "steps": column("steps"),
+            "sampling_stderr": (heads, np.sqrt(noise) / n if found else std),
+            "completeness_error": column(lambda s: s.error),
+            "completeness_relative": column(lambda s: s.error / np.maximum(s.scale, 1e-12)),
+            "steps": column(lambda s: s.steps),
             "useful_sign": ("method", np.array([useful_sign(m) for m in methods], int)),
         },
         coords={

@@ -48,6 +48,14 @@ class Scores:
     noise: Float[np.ndarray, "layer head"] | None = None
 
 
+def joined(parts: Sequence[Scores], order: Int[np.ndarray, " sample"]) -> Scores:
+    """The scores of several batches as one; sample i is the order[i]-th of them all."""
+    columns = ("values", "total", "error", "scale", "steps")
+    whole = {name: np.concatenate([getattr(p, name) for p in parts])[order] for name in columns}
+    noise = [part.noise for part in parts if part.noise is not None]
+    return Scores(**whole, noise=np.sum(noise, axis=0) if noise else None)
+
+
 @dataclass
 class Context:
     """One batch of samples, the settings, and what several methods use."""
@@ -135,8 +143,14 @@ def grad_x_act(context: Context) -> Scores:
 
 
 def michel(context: Context) -> Scores:
-    """|df/dgate| at 1 of every sample (Michel et al. 2019): a size, whose sum claims nothing."""
+    """|df/dgate| at 1 of every sample (Michel et al. 2019): a size, whose sum claims nothing.
+
+    Where the settings say so, every layer's scores have L2 norm 1.
+    """
     values = np.abs(context.at_one("zero"))
+    if context.settings.michel_normalise:
+        norms = np.linalg.norm(values, axis=2, keepdims=True)
+        values = values / np.where(norms > 0, norms, 1)
     nothing = np.full(len(values), np.nan)
     return Scores(values, nothing, nothing, nothing, np.ones(len(values), dtype=int))
 

@@ -38,32 +38,18 @@ def _massive_inputs(
         chosen = questions if settings.max_samples < 0 else questions[: settings.max_samples]
         made = prepare(model.tokenizer, model.n_ctx, chosen, settings.updated(score_answers=True))
         prompts, prepared, answers = made.encoded, made.record, [q.answer for q in chosen]
-    has_bos = model.tokenizer.bos_token_id is not None
+    bos, with_bos = model.tokenizer.bos_token_id, settings.prepend_bos
     if texts is None:
         samples = prompts[: settings.max_texts]
-        other = (
-            [
-                replace(
-                    s,
-                    ids=s.ids[1:]
-                    if settings.prepend_bos
-                    else (model.tokenizer.bos_token_id, *s.ids),
-                )
-                for s in samples
-            ]
-            if has_bos
-            else []
-        )
+        other = [replace(s, ids=s.ids[1:] if with_bos else (bos, *s.ids)) for s in samples]
+        other = [] if bos is None else other
         return massive.Inputs(samples, other, answers=answers, texts=False), prepared
-    both = [
-        windows(
-            texts, model.tokenizer, length=text_length(settings, model), most=settings.max_texts,
-            prepend_bos=bos,
-        )
-        for bos in ([settings.prepend_bos, not settings.prepend_bos] if has_bos else [False])
-    ]  # fmt: skip
-    other = both[1] if has_bos else []
-    return massive.Inputs(both[0], other, prompts, answers), prepared
+    length = text_length(settings, model)
+    first, *rest = (
+        windows(texts, model.tokenizer, length=length, most=settings.max_texts, prepend_bos=begin)
+        for begin in ([False] if bos is None else [with_bos, not with_bos])
+    )
+    return massive.Inputs(first, rest[0] if rest else [], prompts, answers), prepared
 
 
 def _massive(settings: MassiveSettings, path: Path) -> None:

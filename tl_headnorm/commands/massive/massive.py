@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import pandas as pd
 import torch
 import xarray as xr
 from jaxtyping import Float
+from torch import Tensor
 
 from tl_headnorm.commands.massive.settings import MassiveSettings
-from tl_headnorm.data.batches import batches_in_order
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine.protocol import Start
 from tl_headnorm.interventions import edits
@@ -36,16 +36,6 @@ class Inputs:
     texts: bool = True
 
 
-@dataclass
-class _Entry:
-    """One massive dimension in one layer."""
-
-    n_sequences: int = 0
-    values: list[float] = field(default_factory=list)
-    positions: Counter[int] = field(default_factory=Counter)
-    tokens: Counter[int] = field(default_factory=Counter)
-
-
 @torch.inference_mode()
 def massive_entries(
     model: Model, samples: Sequence[Encoded], least: float, ratio: float, batch_size: int = 8
@@ -55,40 +45,36 @@ def massive_entries(
     Columns layer, dim, n_sequences, share (of all sequences), mean_value (signed), max_abs,
     position (most frequent), share_at_position, token_id (most frequent).
     """
-    found: dict[tuple[int, int], _Entry] = {}
-    for batch in batches_in_order(samples, batch_size, "right"):
-        ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
+    hits: list[tuple[int, int, int, float, int, int]] = []
+    for start in range(0, len(samples), batch_size):
+        rows = Rows.pad(model, samples[start : start + batch_size], "right")
 
-        def take(layer: int, resid: torch.Tensor, mask: Any = mask, ids: Any = ids) -> None:
-            hits = is_massive(resid, mask, least, ratio).nonzero().tolist()
-            for _, dim in sorted({(row, dim) for row, _, dim in hits}):
-                found.setdefault((layer, dim), _Entry()).n_sequences += 1
-            for row, pos, dim in hits:
-                entry = found[layer, dim]
-                entry.values.append(float(resid[row, pos, dim]))
-                entry.positions[pos] += 1  # right padding: positions count real tokens
-                entry.tokens[int(ids[row, pos])] += 1
+        def read(layer: int, resid: Tensor, rows: Rows = rows, start: int = start) -> None:
+            for row, pos, dim in is_massive(resid, rows.mask, least, ratio).nonzero().tolist():
+                # Right padding: positions count real tokens.
+                value, token = float(resid[row, pos, dim]), int(rows.ids[row, pos])
+                hits.append((layer, dim, start + row, value, pos, token))
 
-        readers = edits.read_resid(range(model.info.n_layers), True, take)
-        model.engine.run(Start(ids), mask, readers)
-    rows = [_entry_row(*key, entry, len(samples)) for key, entry in sorted(found.items())]
-    return pd.DataFrame(rows, columns=list(_entry_row(0, 0, _Entry(1, [0.0]), 1)))
+        readers = edits.read_resid(range(model.info.n_layers), True, read)
+        model.engine.run(Start(rows.ids), rows.mask, readers)
+    entries = pd.DataFrame(hits, columns=list(_HIT)).groupby(["layer", "dim"])
+    rows_of = [_entry(key, each, len(samples)) for key, each in entries]
+    return pd.DataFrame(rows_of, columns=list(_ENTRY))
 
 
-def _entry_row(layer: int, dim: int, entry: _Entry, n_samples: int) -> dict[str, Any]:
-    position, times = (entry.positions.most_common(1) or [(-1, 0)])[0]
-    token = (entry.tokens.most_common(1) or [(-1, 0)])[0][0]
-    return {
-        "layer": layer,
-        "dim": dim,
-        "n_sequences": entry.n_sequences,
-        "share": entry.n_sequences / n_samples,
-        "mean_value": float(np.mean(entry.values)),
-        "max_abs": float(np.abs(entry.values).max()),
-        "position": position,
-        "share_at_position": times / len(entry.values),
-        "token_id": token,
-    }
+_HIT = ("layer", "dim", "sequence", "value", "position", "token")
+_ENTRY = (
+    *("layer", "dim", "n_sequences", "share", "mean_value", "max_abs"),
+    *("position", "share_at_position", "token_id"),
+)
+
+
+def _entry(key: Any, hits: pd.DataFrame, n_samples: int) -> tuple[Any, ...]:
+    position, times = Counter(hits["position"]).most_common(1)[0]
+    token = Counter(hits["token"]).most_common(1)[0][0]
+    n, values = hits["sequence"].nunique(), hits["value"].to_numpy()
+    sizes = float(values.mean()), float(np.abs(values).max())
+    return *key, n, n / n_samples, *sizes, position, times / len(hits), token
 
 
 @torch.inference_mode()
@@ -102,9 +88,9 @@ def head_sinks(
     """
     kept = [s for s in samples if len(s) > position + 1]
     parts = []
-    for batch in batches_in_order(kept, batch_size, "right"):
-        ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-        parts.append(edits.read_sinks(model.engine, ids, mask, position))
+    for start in range(0, len(kept), batch_size):
+        rows = Rows.pad(model, kept[start : start + batch_size], "right")
+        parts.append(edits.read_sinks(model.engine, rows.ids, rows.mask, position))
     mean = {
         name: torch.cat([getattr(part, name) for part in parts]).mean(0).cpu().numpy()
         for name in ("weight", "contribution", "uniform")

@@ -1,24 +1,26 @@
 """Which heads help when steered alone: picked on one half of the questions, tested on the other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
 from tl_headnorm.commands.steer.settings import SteerSettings
 from tl_headnorm.commands.steer.steer import bootstrap_interval, metric_of, run_steered
 from tl_headnorm.commands.steer.targets import Targets, shifted
-from tl_headnorm.data.batches import make_batch
-from tl_headnorm.data.plan import Group, plan_batches
-from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine.memory import auto_batch_tokens
+from tl_headnorm.engine import hook_names
+from tl_headnorm.engine.protocol import Hook
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.heads import Heads, all_heads
-from tl_headnorm.interventions.patterns import read_patterns
+from tl_headnorm.interventions.intervention import Rows
+from tl_headnorm.interventions.metrics import ByName, Metric, Resid
+from tl_headnorm.interventions.runner import run
 from tl_headnorm.interventions.steering import Steering
-from tl_headnorm.measures import last_real_position
 from tl_headnorm.model.loading import Model
 
 OptionSpans = Sequence[Sequence[Sequence[int]]]
@@ -64,7 +66,11 @@ def profile(
     the tokens of option j of sample i. `effect_test` and `attention_test` are of questions that
     did not pick; their intervals are bootstrapped over questions. A head that helps alone need
     not help beside others, and the other way round.
+
+    1 steer each head alone  2 read every head's attention to the options  3 pick on one half of
+    the questions, test on the other.
     """
+    # 1
     info = model.info
     every = all_heads(range(info.n_layers), info.n_heads)
     boost = max(settings.boosts) if settings.profile_boost is None else settings.profile_boost
@@ -73,58 +79,67 @@ def profile(
     values = run_steered(model, targets, steerings, metric, settings, progress=progress)
     logp = values["target_logp"]
     effect = (logp[1:] - logp[0]).T
-    right = [answers[s.index] for s in targets.samples]
-    contrast = attention_contrast(
-        model, targets.samples, options, right,
-        (0, *range(1, settings.profile_offsets + 1), settings.span_offset), settings,
-    )  # fmt: skip
+    # 2
+    samples, offset = targets.samples, settings.span_offset
+    offsets = tuple(dict.fromkeys((*range(settings.profile_offsets + 1), offset)))
+    by_index = {s.index: option for s, option in zip(samples, options, strict=True)}
+    right = {s.index: answers[s.index] for s in samples}
+    reading = AttentionContrast(by_index, right, offsets)
+    attention = {
+        int(k): v[0] for k, v in run(model, samples, [], reading, settings=settings).items()
+    }
+    # 3
     fit, test = halves(len(targets.samples), settings.seed)
-    here = contrast[settings.span_offset].reshape(len(right), -1)
+    here = attention[offset].reshape(len(samples), -1)
     table = _table(every, effect, here, fit, test, settings)
     by = "effect_fit" if settings.profile_by == "steering" else "attention_fit"
     best = table.sort_values(by, ascending=False, kind="stable").head(settings.profile_top)
     heads = tuple(sorted(zip(best["layer"].tolist(), best["head"].tolist(), strict=True)))
     table["picked"] = [pair in set(heads) for pair in every]
     ranks = table[by].corr(table[by.replace("fit", "test")], method="spearman")
-    return Profile(table, _offsets(every, contrast), heads, fit, test, float(ranks))
+    return Profile(table, _offsets(every, attention), heads, fit, test, float(ranks))
 
 
-def attention_contrast(
-    model: Model,
-    samples: Sequence[Encoded],
-    options: OptionSpans,
-    answers: Sequence[int],
-    offsets: Sequence[int],
-    settings: SteerSettings,
-) -> dict[int, Float[np.ndarray, "sample layer head"]]:
-    """By offset: attention of the last token to the answer's span less the others' mean."""
-    info = model.info
-    shape = (len(samples), info.n_layers, info.n_heads)
-    found = {offset: np.full(shape, np.nan) for offset in dict.fromkeys(offsets)}
-    row_of = {sample.index: row for row, sample in enumerate(samples)}
-    most = settings.max_batch_tokens
-    bound = auto_batch_tokens(model) if most == "auto" else int(most)
-    for chosen in plan_batches(Group(tuple(samples), 0), settings.batch_size, bound):
-        batch = make_batch(chosen, "right")
-        last = last_real_position(batch.mask)
-        weights = np.zeros((len(chosen), *shape[1:], batch.ids.shape[1]))
+@dataclass(frozen=True)
+class AttentionContrast(Metric):
+    """By offset: attention of the last token to the answer's span less the others' mean.
 
-        def take(layer: int, pattern, last=last, weights=weights) -> None:  # type: ignore[no-untyped-def]
-            rows = range(len(last))
-            weights[:, layer] = pattern[rows, :, last].cpu().double().numpy()
+    [run, batch, layer, head]; `options` are the tokens of every option, by sample index, as
+    `answers` are. A span is moved to the right by the offset.
+    """
 
-        read_patterns(
-            model.engine, batch.ids.to(model.device), batch.mask.to(model.device),
-            range(info.n_layers), take,
-        )  # fmt: skip
-        for i, sample in enumerate(chosen):
-            row = row_of[sample.index]
-            for offset, table in found.items():
-                spans = [shifted(span, offset, len(sample)) for span in options[row]]
-                each = np.stack([weights[i][:, :, list(span)].sum(-1) for span in spans])
-                right = answers[row]
-                table[row] = each[right] - np.delete(each, right, axis=0).mean(0)
-    return found
+    options: Mapping[int, Sequence[Sequence[int]]]
+    answers: Mapping[int, int]
+    offsets: Sequence[int]
+
+    def hooks(self, rows: Rows) -> list[Hook]:
+        def reader(layer: int) -> Callable[[Tensor, Any], None]:
+            def read(pattern: Float[Tensor, "batch head q k"], hook: Any) -> None:
+                at = torch.arange(len(rows), device=pattern.device)
+                rows.found[f"pattern {layer}"] = pattern[at, :, rows.last].double()
+
+            return read
+
+        layers = range(rows.model.info.n_layers)
+        return [(hook_names.pattern(layer), reader(layer)) for layer in layers]
+
+    def __call__(self, runs: Sequence[Rows], resid: Sequence[Resid], clean: Resid) -> ByName:
+        return {
+            str(offset): torch.stack([self._contrast(rows, offset) for rows in runs])
+            for offset in self.offsets
+        }
+
+    def _contrast(self, rows: Rows, offset: int) -> Float[Tensor, "batch layer head"]:
+        layers = range(rows.model.info.n_layers)
+        weights = torch.stack([rows.found[f"pattern {layer}"] for layer in layers], 1)
+        found = []
+        for i, (sample, start) in enumerate(zip(rows.samples, rows.mask.argmax(1), strict=True)):
+            spans = [shifted(span, offset, len(sample)) for span in self.options[sample.index]]
+            places = [torch.tensor(span, dtype=torch.long, device=start.device) for span in spans]
+            each = torch.stack([weights[i][:, :, start + at].sum(-1) for at in places])
+            others = torch.arange(len(each)) != self.answers[sample.index]
+            found.append(each[~others][0] - each[others].mean(0))
+        return torch.stack(found)
 
 
 def _table(
