@@ -26,6 +26,7 @@ from tl_headnorm.run import results
 from tl_headnorm.run.files import write_json, write_text, write_with
 from tl_headnorm.run.loading import open_model, open_questions, run_dir, say
 from tl_headnorm.run.reading import load_run
+from tl_headnorm.run.study import save_table
 
 Figures = dict[str, Figure]  # by file stem
 
@@ -117,10 +118,6 @@ def _check_fit(norms: Mapping[str, np.ndarray], model: Model) -> None:
             )
 
 
-def _save_table(rows: pd.DataFrame, path: Path) -> None:
-    write_with(path, lambda stream: rows.to_parquet(stream, index=False))
-
-
 def _save_scores(run: xr.Dataset, path: Path) -> Figures:
     """The files that other programs read, and the maps for the page."""
     write_json(path / "config.json", run.attrs["settings"])
@@ -128,16 +125,16 @@ def _save_scores(run: xr.Dataset, path: Path) -> Figures:
     columns = ["mean", "std", "stderr", "sampling_stderr"]
     rows = run[columns].to_dataframe().reset_index()
     rows["method"] = rows["method"].astype(str)
-    _save_table(rows[["method", "layer", "head", *columns]], path / "attribution.parquet")
+    save_table(rows[["method", "layer", "head", *columns]], path / "attribution.parquet")
     arrays = {m: run["score"].loc[{"method": m}].values.astype(np.float32) for m in methods}
-    write_with(path / "per_sample.npz", partial(_save_arrays, arrays))
+    write_with(path / "per_sample.npz", partial(np.savez, **arrays))
     samples = pd.DataFrame({"index": run["sample"].values})
     samples["id"] = [str(i) for i in run["sample_id"].values]
     samples["group"] = [str(g) for g in run["group"].values]
     for name in methods:
         for column in ("completeness_error", "completeness_relative", "steps"):
             samples[f"{column}_{name}"] = run[column].loc[{"method": name}].values
-    _save_table(samples, path / "samples.parquet")
+    save_table(samples, path / "samples.parquet")
     if "rollout" in run.attrs:
         _save_rollout(run.attrs.pop("rollout"), path)
     return {"attribution_maps": _maps(run, methods)} if methods else {}
@@ -155,10 +152,6 @@ def _shared_keys(run: xr.Dataset) -> int | None:
     return group_size(run.attrs["model"].get("n_key_value_heads"), run.sizes["head"])
 
 
-def _save_arrays(arrays: Mapping[str, np.ndarray], stream: Any) -> None:
-    np.savez(stream, **dict(arrays))  # type: ignore[arg-type]  # numpy's stub: keywords are bool
-
-
 def _save_rollout(tokens: list[np.ndarray], path: Path) -> None:
     rows = pd.DataFrame(
         {
@@ -167,7 +160,7 @@ def _save_rollout(tokens: list[np.ndarray], path: Path) -> None:
             "rollout": np.concatenate(tokens),
         }
     )
-    _save_table(rows, path / "rollout.parquet")
+    save_table(rows, path / "rollout.parquet")
 
 
 def _stability(
@@ -199,13 +192,13 @@ def _groups(
         groups = _shared_keys(run)
         figures[f"groups_{method}"] = plots.maps(maps, title, shared=True, groups=groups)
     rows = [table.assign(method=method) for method, table in found.items()]
-    _save_table(pd.concat(rows, ignore_index=True), path / "groups.parquet")
+    save_table(pd.concat(rows, ignore_index=True), path / "groups.parquet")
     return found
 
 
 def _save_validation(found: Mapping[str, Any], run: xr.Dataset, path: Path) -> Figure:
-    _save_table(found["curves"], path / "pruning.parquet")
-    _save_table(found["areas"], path / "pruning_areas.parquet")
+    save_table(found["curves"], path / "pruning.parquet")
+    save_table(found["areas"], path / "pruning_areas.parquet")
     source, n = Path(run.attrs["model"]["source"]).name, found["n_measuring"]
     return plots.pruning(found["curves"], "Heads pruned in each method's order",
                          f"{source} · {n} samples that did not rank the heads")  # fmt: skip
@@ -214,7 +207,7 @@ def _save_validation(found: Mapping[str, Any], run: xr.Dataset, path: Path) -> F
 def _ranks(maps: Mapping[str, np.ndarray], path: Path, figures: Figures) -> pd.DataFrame:
     table = rank_correlations(maps)
     long = table.rename_axis("method").reset_index().melt("method", var_name="other")
-    _save_table(long.rename(columns={"value": "spearman"}), path / "rank_correlation.parquet")
+    save_table(long.rename(columns={"value": "spearman"}), path / "rank_correlation.parquet")
     figures["rank_correlation"] = plots.ranks(table)
     return table
 
