@@ -102,31 +102,31 @@ class SetActivations(Intervention):
     def entries(
         self, x: Float[Tensor, "row pos d_model"], mask: Int[Tensor, "row pos"]
     ) -> Bool[Tensor, "row pos d_model"]:
-        """Which entries are set."""
+        """True at the entries that are set."""
         if self.least is not None:
             return massive(x, mask, self.least, self.ratio)
         size = x.abs() * mask[:, :, None]
         return size == size.amax(dim=(1, 2), keepdim=True)
 
 
-def read_z(layers: Sequence[int], take: Callable[[int, Tensor], None]) -> list[Hook]:
-    """Hand z of each of the layers to `take`; nothing is changed."""
-    return _readers(hook_names.z, layers, take)
+def read_z(layers: Sequence[int], on_layer: Callable[[int, Tensor], None]) -> list[Hook]:
+    """Readers that call `on_layer(layer, z)`; nothing is changed."""
+    return _readers(hook_names.z, layers, on_layer)
 
 
 def read_resid(
-    layers: Sequence[int], post: bool, take: Callable[[int, Tensor], None]
+    layers: Sequence[int], post: bool, on_layer: Callable[[int, Tensor], None]
 ) -> list[Hook]:
-    """Hand the residual before (or after) each of the layers to `take`; nothing is changed."""
-    return _readers(hook_names.resid_post if post else hook_names.resid_pre, layers, take)
+    """Readers that call `on_layer` with the residual before (or after) each of the layers."""
+    return _readers(hook_names.resid_post if post else hook_names.resid_pre, layers, on_layer)
 
 
 def _readers(
-    name: Callable[[int], str], layers: Sequence[int], take: Callable[[int, Tensor], None]
+    name: Callable[[int], str], layers: Sequence[int], on_layer: Callable[[int, Tensor], None]
 ) -> list[Hook]:
     def reader(layer: int) -> Callable[[Tensor, Any], None]:
         def read(value: Tensor, hook: Any) -> None:
-            take(layer, value)
+            on_layer(layer, value)
 
         return read
 
@@ -148,9 +148,9 @@ def read_sinks(
     mask: Int[Tensor, "batch pos"],
     position: int = 0,
 ) -> Sinks:
-    """Mean over the queries q > position of pattern[q, position], beside what says if it matters.
+    """Mean over the queries q > position of pattern[q, position], and whether it matters.
 
-    `uniform` is the same mean for a head that attends alike to all it may see, 1/(q + 1);
+    `uniform` is the same mean for a uniform causal head, 1/(q + 1);
     `contribution` is the mean of ||z_h W_O^h||_2 at those queries: a sink whose value vector is
     about zero has a high weight and adds nothing. `position` counts real tokens.
     """

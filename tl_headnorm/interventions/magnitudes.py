@@ -1,4 +1,4 @@
-"""How large the entries of the residual stream are: the largest, the median, and the massive."""
+"""Sizes of the residual stream's entries: the largest, the median, and the massive ones."""
 
 from dataclasses import dataclass
 

@@ -46,7 +46,7 @@ def gather_reference(
     bank_size: int = 512,
     seed: int = 0,
 ) -> Reference:
-    """Run the reference samples once and keep what the ablation methods need of their z."""
+    """Mean, std, mean by position and a random bank of z over the reference samples."""
     longest = max(len(sample) for sample in samples)
     info = model.info
     shape = (info.n_layers, longest, info.n_heads, info.d_head)

@@ -259,7 +259,7 @@ def _completeness(run: xr.Dataset) -> dict[str, Any]:
 
 
 def over_tolerance(run: xr.Dataset, tolerance: float) -> dict[str, int]:
-    """How many samples of each method that promises a sum miss it by more than the tolerance."""
+    """By method that promises a sum: the samples that miss it by more than the tolerance."""
     relative = run["completeness_relative"]
     counts = {m: int((relative.loc[{"method": m}] > tolerance).sum()) for m in run["method"].values}
     return {method: n for method, n in counts.items() if n and method in COMPLETE}

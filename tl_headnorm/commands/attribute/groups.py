@@ -1,4 +1,4 @@
-"""Which heads score differently between groups of samples."""
+"""Heads whose scores differ between groups of samples, by a permutation test."""
 
 from collections.abc import Sequence
 

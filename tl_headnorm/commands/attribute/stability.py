@@ -1,4 +1,4 @@
-"""How much per-head values differ between samples, and whether the differences mean anything."""
+"""Variation of per-head values between samples, and tests for sample-specific signal."""
 
 from typing import Any
 
@@ -162,7 +162,7 @@ def top_overlap(maps: Maps, k: int) -> tuple[float, float]:
 def residual_structure(
     maps: Maps, generator: np.random.Generator, repeats: int = 200
 ) -> dict[str, Any]:
-    """Whether what is left after the mean map has structure of its own.
+    """Structure of the values after the mean map is removed.
 
     `mean_share`: share of the sum of squares that the mean map explains. `leading_share`: share
     of the rest in its strongest component, against maps in which every head's values are

@@ -1,4 +1,4 @@
-"""Which score chooses best: areas, how many heads go at no cost, and how sure that is."""
+"""Ranking of the scores: areas, heads that go at no cost, bootstrap intervals, a verdict."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def largest_share(
 
 
 def draws_of(n: int, repeats: int, seed: int) -> Float[np.ndarray, "draw sample"]:
-    """How much each sample counts in each of the draws with replacement (sums to 1).
+    """Weight of each sample in each bootstrap draw (sums to 1).
 
     The same for every choice, so that differences between choices are paired.
     """

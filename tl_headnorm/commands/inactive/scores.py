@@ -123,7 +123,7 @@ def folds(n: int, seed: int) -> Int[np.ndarray, " n"]:
 def logistic(
     scores: Sequence[Score], effect: Float[np.ndarray, "layer head"], seed: int = 0
 ) -> Score:
-    """How likely a head is to be one whose removal costs more than the median head's.
+    """Probability that a head's removal costs more than the median head's.
 
     A logistic model of the scores' ranks, trained on leave-one-out effects of the calibration
     samples. A head's own effect never enters its score: heads are scored by the model trained on

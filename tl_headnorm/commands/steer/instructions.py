@@ -25,7 +25,7 @@ from tl_headnorm.stats import wilson
 
 @dataclass(frozen=True)
 class Way:
-    """How an answer comes about: plain, steered by a boost, or with must_include forced in."""
+    """A way of generating: plain, steered by a boost, or with must_include forced in."""
 
     name: str
     steering: Steering

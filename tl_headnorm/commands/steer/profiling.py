@@ -1,4 +1,4 @@
-"""Which heads help when steered alone: picked on one half of the questions, tested on the other."""
+"""Heads steered one by one: picked on one half of the questions, tested on the other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

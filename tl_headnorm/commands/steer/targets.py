@@ -1,4 +1,4 @@
-"""Which tokens of a prompt are steered to: keywords, the question, an option, texts' keywords."""
+"""Tokens that are steered to: keywords, the question, an option, keywords of texts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
