@@ -50,8 +50,10 @@ class CachedRun:
         self, parts: Sequence[Sequence[Hook]], first: int
     ) -> Float[Tensor, "part batch resid_pos d_model"]:
         """The final residual of the batch under every part's hooks, in one pass from `first`."""
-        index = torch.arange(len(self.rows), device=self.rows.ids.device).repeat(len(parts))
         hooks = stack_hooks([[*self.base, *hooks] for hooks in parts])
+        index = None
+        if len(parts) > 1:
+            index = torch.arange(len(self.rows), device=self.rows.ids.device).repeat(len(parts))
         return self.restart(hooks, first, index).unflatten(0, (len(parts), len(self.rows)))
 
     def advance(self, hooks: Sequence[Hook], first: int) -> None:
@@ -67,7 +69,7 @@ class CachedRun:
             return self._run(Start(rows.ids), rows, hooks)
 
         def of_rows(x: Shaped[Tensor, "batch ..."]) -> Shaped[Tensor, "row ..."]:
-            return x if index is None else x[index]
+            return x if index is None else x[index.to(x.device)]
 
         here = [hook for hook in hooks if hook[0].startswith(f"blocks.{first}.")]
         resid, z = self.resid_pre[first], self.z.get(first)
@@ -129,4 +131,4 @@ _BEHIND_SCORES = (hook_names.z, hook_names.mlp_out, hook_names.resid_post)
 
 def at_last(x: Shaped[Tensor, "row pos ..."], last: Int[Tensor, " row"]) -> Tensor:
     """x at every row's last real token, [row, 1, ...]; the pass may have computed no other."""
-    return x if x.shape[1] == 1 else take_position(x, last)
+    return x if x.shape[1] == 1 else take_position(x, last.to(x.device))
