@@ -3,6 +3,9 @@
 import logging
 from typing import Any
 
+import torch
+
+from tl_headnorm.engine import short_attention, short_blocks
 from tl_headnorm.engine.bridge import BridgeEngine, build_bridge
 from tl_headnorm.engine.families import Unsupported, build_hooked, has_hooked
 from tl_headnorm.engine.hooked import HookedEngine
@@ -35,6 +38,29 @@ def build(hf_model: Any, tokenizer: Any, engine: str) -> tuple[Any, str]:
     if engine == "auto":
         _say_once(f"engine: bridge ({why})")
     return build_bridge(hf_model, tokenizer), "bridge"
+
+
+def stock_model(hf_model: Any, tokenizer: Any) -> Any:
+    """TransformerLens' model as its loader makes it: HookedTransformer, where there is one.
+
+    Its weights are copies in TransformerLens' own layout; a TransformerBridge's are the model's.
+    """
+    if not has_hooked():
+        bridge = build_bridge(hf_model, tokenizer)
+        short_attention.uninstall(bridge)
+        return bridge
+    hooked = build_hooked(hf_model, tokenizer)
+    short_blocks.uninstall(hooked)
+    for parameter in hooked.parameters():
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+    return hooked
+
+
+def without_short_forms(hf_model: Any, tokenizer: Any, engine: str) -> Any:
+    """The model as `build` makes it, but every pass through TransformerLens' own forward."""
+    tl, used = build(hf_model, tokenizer, engine)
+    (short_attention if used == "bridge" else short_blocks).uninstall(tl)
+    return tl
 
 
 def _not_hooked(hf_model: Any) -> str | None:

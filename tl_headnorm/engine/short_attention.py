@@ -45,6 +45,13 @@ def install(bridge: Any) -> None:
         object.__setattr__(attn, "forward", _forward(attn))
 
 
+def uninstall(bridge: Any) -> None:
+    """Back to the stock forward."""
+    for block in bridge.blocks:
+        if "forward" in block.attn.__dict__:
+            object.__delattr__(block.attn, "forward")
+
+
 def _forward(attn: Any) -> Any:
     stock, inner = attn.forward, attn.original_component
     silent = [

@@ -19,7 +19,8 @@ from tl_headnorm.data.prepare import prepare
 from tl_headnorm.data.questions import load_questions
 from tl_headnorm.data.tokens import Encoded
 from tl_headnorm.engine import hook_names, short_blocks
-from tl_headnorm.engine.families import build_hooked
+from tl_headnorm.engine.families import has_hooked
+from tl_headnorm.engine.select import stock_model, without_short_forms
 from tl_headnorm.measures import choose_measures
 from tl_headnorm.model.loading import Model, load_model, resolve_device, resolve_dtype
 from tl_headnorm.model.random_models import random_llama
@@ -50,10 +51,13 @@ def open_bench(settings: BenchSettings) -> Bench:
     if settings.model_path is None:
         hf = random_llama(resolve_dtype(settings.dtype), n_layers=settings.layers, device=device)
         seconds = time.perf_counter() - clock
-        return Bench(load_model(hf_model=hf, self_check=False), settings, seconds)
+        return Bench(
+            load_model(hf_model=hf, engine=settings.engine, self_check=False), settings, seconds
+        )
     model = load_model(
-        settings.model_path, dtype=settings.dtype, device_map=settings.device_map, self_check=False
-    )
+        settings.model_path, dtype=settings.dtype, device_map=settings.device_map,
+        engine=settings.engine, self_check=False,
+    )  # fmt: skip
     bench = Bench(model, settings, time.perf_counter() - clock)
     if settings.data_dir is not None or settings.dataset.startswith("builtin:"):
         questions = load_questions(
@@ -67,12 +71,9 @@ def open_bench(settings: BenchSettings) -> Bench:
 
 
 def copied_model(bench: Bench) -> Model:
-    """The same weights in TransformerLens' own layout, as its loader would copy them."""
+    """The same weights in TransformerLens' model as its own loader makes it."""
     if bench.copied is None:
-        tl = build_hooked(bench.model.hf, bench.model.tokenizer)
-        short_blocks.uninstall(tl)
-        for parameter in tl.parameters():
-            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        tl = stock_model(bench.model.hf, bench.model.tokenizer)
         bench.copied = replace(bench.model, tl=tl)
     return bench.copied
 
@@ -207,8 +208,8 @@ def _ours(token_agg: str, without: str | None = None) -> Callable[[Bench], Run]:
             model = replace(model, tl=deepcopy(copied_model(bench).tl))
             short_blocks.install(model.tl)
         elif without == "fast":
-            model = replace(model, tl=build_hooked(model.hf, model.tokenizer))
-            short_blocks.uninstall(model.tl)
+            tl = without_short_forms(model.hf, model.tokenizer, model.info.engine)
+            model = replace(model, tl=tl)
         elif without == "qr":  # every head's d_model vector is formed
             factors = {
                 layer: model.engine.W_O(layer).transpose(1, 2)
@@ -270,7 +271,7 @@ CONTENDERS: dict[str, Contender] = {
     "ours_all-measures": Contender(_ours_every_measure),
     "ours_last-prefix": Contender(_ours("last", "prefix")),
     "ours_last-sort": Contender(_ours("last", "sort")),
-    "ours_last-views": Contender(_ours("last", "views")),
+    "ours_last-views": Contender(_ours("last", "views"), has_hooked),
     "ours_last-fast": Contender(_ours("last", "fast")),
     "ours_all-qr": Contender(_ours("all", "qr")),
 }

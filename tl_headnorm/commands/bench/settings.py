@@ -16,6 +16,7 @@ class BenchSettings(Checked):
         model_path: Hub id or directory; null makes a random model of LLaMA 3.2-1B's shape.
         layers: Number of layers of the random model; null keeps all 16.
         dtype: Data type of the weights and of the forward pass.
+        engine: hooked (HookedTransformer), bridge (TransformerBridge), auto takes what fits.
         device_map: auto (CUDA where there is one), cpu, cuda, cuda:1, mps.
         dataset: Registered dataset name, for prompts of your own.
         data_dir: File or directory with questions; null takes ARC-Challenge's prompt lengths.
@@ -32,6 +33,7 @@ class BenchSettings(Checked):
     model_path: Optional[str] = None
     layers: Optional[Count] = None
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    engine: Literal["auto", "hooked", "bridge"] = "auto"
     device_map: str = "auto"
     dataset: str = "arc_challenge"
     data_dir: Optional[str] = None
