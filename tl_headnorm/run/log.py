@@ -47,7 +47,7 @@ from tl_headnorm.run.signals import Stop
 
 RECORD = "run.json"
 # A segment is written before its values take more than this in memory.
-SEGMENT_BYTES = 64 * 2**20
+SEGMENT_BYTES = 16 * 2**20
 
 
 @runtime_checkable
