@@ -14,6 +14,8 @@ from tl_headnorm.interventions.intervention import Rows
 from tl_headnorm.interventions.metrics import Letters, Profile
 from tl_headnorm.interventions.runner import InMemory, plan, run
 from tl_headnorm.model.loading import load_model
+from tl_headnorm.run.log import OnDisk, Work
+from tl_headnorm.run.segments import Column
 from tl_headnorm.settings import Settings
 
 METRIC = Letters([0, 3, 1, 2, 2])
@@ -100,6 +102,31 @@ def test_units_are_numbered_and_any_log_gathers_them(model, truth):
     second = Part(lambda number: number % 2 == 1, first)
     same(run(model, prompts(), SWEEP, METRIC, settings=settings, log=second), truth)
     assert sorted(second.rows) == list(range(5 * (1 + len(SWEEP))))  # each once
+
+
+def test_a_run_log_on_disk_is_such_a_log(model, truth, tmp_path):
+    """Stopped after three units, and resumed by another process with the same plan."""
+    settings, n_rows = Settings(batch_size=2, max_batch_tokens=40), 5 * (1 + len(SWEEP))
+    units = plan(prompts(), SWEEP, settings, 40)
+    columns = [Column(name, dtype="<f8") for name in ("correct", "loss", "kl")]
+
+    class Stopped(OnDisk):
+        def remaining(self, units):
+            for count, unit in enumerate(super().remaining(units)):
+                if count == 3:
+                    raise KeyboardInterrupt
+                yield unit
+
+    done = []
+    for kind in (Stopped, OnDisk):
+        log = kind(tmp_path, every=0.0)
+        log.begin(Work(columns, n_rows, len(units)))
+        done.append(set(log.done))
+        if kind is Stopped:
+            with pytest.raises(KeyboardInterrupt):
+                run(model, prompts(), SWEEP, METRIC, settings=settings, log=log)
+    assert done == [set(), {0, 1, 2}]
+    same(run(model, prompts(), SWEEP, METRIC, settings=settings, log=log), truth)
 
 
 def test_a_chain_starts_each_run_from_the_one_before_it(model):

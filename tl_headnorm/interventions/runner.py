@@ -6,7 +6,7 @@ that begin at the same layer are stacked along the batch.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -42,8 +42,21 @@ class Unit:
 
 
 @runtime_checkable
+class Gathered(Protocol):
+    """The values of all units."""
+
+    @property
+    def values(self) -> Mapping[str, np.ndarray]:
+        """By name, [row, ...] of all rows."""
+        ...
+
+
+@runtime_checkable
 class Log(Protocol):
-    """Where values of finished units are kept; of n samples, row r is run r // n, sample r % n."""
+    """Where values of finished units are kept; of n samples, row r is run r // n, sample r % n.
+
+    The logs of `run/log.py` are such, begun with the metric's columns and the planned units.
+    """
 
     def remaining(self, units: Sequence[Unit]) -> Iterable[Unit]:
         """The units that are left, one after the other."""
@@ -53,8 +66,8 @@ class Log(Protocol):
         """Keep the values [row, ...] of the unit at work."""
         ...
 
-    def gather(self) -> Values:
-        """The values [row, ...] of all rows."""
+    def gather(self) -> Gathered | None:
+        """The values of all rows; None where another process gathers them."""
         ...
 
 
@@ -73,8 +86,8 @@ class InMemory:
                 self.values[name] = np.full((self.n_rows, *value.shape[1:]), np.nan)
             self.values[name][rows] = value
 
-    def gather(self) -> Values:
-        return self.values
+    def gather(self) -> Gathered:
+        return self
 
 
 @torch.no_grad()
@@ -119,7 +132,8 @@ def run(
             bar.update(len(rows))
     # 3
     gathered = log.gather()
-    return {name: v.reshape(n_runs, len(samples), *v.shape[1:]) for name, v in gathered.items()}
+    values = {} if gathered is None else gathered.values
+    return {name: v.reshape(n_runs, len(samples), *v.shape[1:]) for name, v in values.items()}
 
 
 def most_tokens(model: Model, settings: Settings) -> int:
