@@ -67,6 +67,12 @@ def a_folder(folder, model):
     return {"model_path": folder / "m.gguf"}
 
 
+@case("found no config.json in ", "; give its GGUF file: --model_path ", "m.gguf")
+def the_folder_around_it(folder, model):
+    small_gguf(folder)
+    return {"model_path": folder}
+
+
 @case("expected the four bytes GGUF at its beginning in m.gguf, found others")
 def empty_file(folder, model):
     (folder / "m.gguf").write_bytes(b"")

@@ -138,9 +138,11 @@ def _is_local(source: str) -> bool:
     path = Path(source).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            files = sorted(file.name for file in path.glob("*.gguf"))
+            hint = f"; give its GGUF file: --model_path {path / files[0]}" if files else ""
             raise InputError(
                 f"model_path: expected a directory in Hugging Face format, found no config.json "
-                f"in {source}"
+                f"in {source}{hint}"
             )
         return True
     looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or path.exists()
