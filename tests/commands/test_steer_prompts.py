@@ -130,6 +130,9 @@ def test_weights_by_step_are_those_of_the_whole_text(stories, prompts):
     from tl_headnorm.interventions.steering import SpanWeight
 
     class Nothing(Metric):
+        def shapes(self, n_layers, n_heads):
+            return {}
+
         def __call__(self, runs, resid, clean):
             return {}
 

@@ -12,10 +12,10 @@ from tl_headnorm.interventions.edits import Ablation
 from tl_headnorm.interventions.gates import Gates
 from tl_headnorm.interventions.intervention import Rows
 from tl_headnorm.interventions.metrics import Letters, Profile
-from tl_headnorm.interventions.runner import InMemory, plan, run
+from tl_headnorm.interventions.runner import most_tokens, plan, run
 from tl_headnorm.model.loading import load_model
-from tl_headnorm.run.log import OnDisk, Work
-from tl_headnorm.run.segments import Column
+from tl_headnorm.run.log import InMemory, OnDisk
+from tl_headnorm.run.segments import Gathered, units_of
 from tl_headnorm.settings import Settings
 
 METRIC = Letters([0, 3, 1, 2, 2])
@@ -72,61 +72,35 @@ def test_one_prompt_that_does_not_fit_is_said(model, monkeypatch):
         run(model, prompts(), SWEEP, METRIC)
 
 
-def test_units_are_numbered_and_any_log_gathers_them(model, truth):
+def test_units_are_numbered_and_any_log_gathers_them(model, truth, tmp_path):
     """Two processes that do every other unit, and one that was interrupted and resumed."""
     settings = Settings(batch_size=2)
-    units = plan(prompts(), SWEEP, settings, 40)
+    units = plan(prompts(), SWEEP, settings, most_tokens(model, settings))
     assert [unit.number for unit in units] == list(range(len(units)))
     done = sorted((s.index, number) for u in units for s in u.samples for number in u.runs)
     assert done == [(s, number) for s in range(5) for number in range(1 + len(SWEEP))]
 
-    class Part(InMemory):
-        """Does the units of its own, on top of what another one did."""
+    class Part(OnDisk):
+        """Every other unit, from `first` on."""
 
-        def __init__(self, of, before=None):
-            super().__init__(5 * (1 + len(SWEEP)))
-            self.of, self.rows = of, list(before.rows) if before else []
-            if before:
-                self.values = {name: value.copy() for name, value in before.values.items()}
+        def __init__(self, folder, first):
+            super().__init__(folder, 0.0)
+            self.first = first
 
-        def remaining(self, units):
-            return [unit for unit in units if self.of(unit.number)]
+        def missing(self, units):
+            return [unit for unit in super().missing(units) if unit.number % 2 == self.first]
 
-        def add(self, rows, values):
-            super().add(rows, values)
-            self.rows += rows
+        def gather(self):
+            return super().gather() if self.first else InMemory.gather(self)
 
-    first = Part(lambda number: number % 2 == 0)
-    half = run(model, prompts(), SWEEP, METRIC, settings=settings, log=first)
-    assert np.isnan(half["loss"]).any()
-    second = Part(lambda number: number % 2 == 1, first)
+    tmp_path.joinpath("log").mkdir()
+    first = Part(tmp_path / "log", 0)
+    first.gathered = Gathered([], 0)
+    run(model, prompts(), SWEEP, METRIC, settings=settings, log=first)
+    assert 0 < len(first.segments()) < len(units)
+    second = Part(tmp_path / "log", 1)
     same(run(model, prompts(), SWEEP, METRIC, settings=settings, log=second), truth)
-    assert sorted(second.rows) == list(range(5 * (1 + len(SWEEP))))  # each once
-
-
-def test_a_run_log_on_disk_is_such_a_log(model, truth, tmp_path):
-    """Stopped after three units, and resumed by another process with the same plan."""
-    settings, n_rows = Settings(batch_size=2, max_batch_tokens=40), 5 * (1 + len(SWEEP))
-    units = plan(prompts(), SWEEP, settings, 40)
-    columns = [Column(name, dtype="<f8") for name in ("correct", "loss", "kl")]
-
-    class Stopped(OnDisk):
-        def remaining(self, units):
-            for count, unit in enumerate(super().remaining(units)):
-                if count == 3:
-                    raise KeyboardInterrupt
-                yield unit
-
-    done = []
-    for kind in (Stopped, OnDisk):
-        log = kind(tmp_path, every=0.0)
-        log.begin(Work(columns, n_rows, len(units)))
-        done.append(set(log.done))
-        if kind is Stopped:
-            with pytest.raises(KeyboardInterrupt):
-                run(model, prompts(), SWEEP, METRIC, settings=settings, log=log)
-    assert done == [set(), {0, 1, 2}]
-    same(run(model, prompts(), SWEEP, METRIC, settings=settings, log=log), truth)
+    assert sorted(u for p in second.segments() for u in units_of(p)) == list(range(len(units)))
 
 
 def test_a_chain_starts_each_run_from_the_one_before_it(model):

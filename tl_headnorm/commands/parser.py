@@ -107,7 +107,7 @@ def parse(arguments: list[str]) -> tuple[str, Checked]:
         if values.get("resume") is not None:
             given = parser.parse_args(arguments, defaults=False)[name].as_dict()
             given.pop("config", None)
-            return name, resumed(values["resume"], given)
+            return name, resumed(values["resume"], given, COMMANDS[name].settings, name)
         return name, COMMANDS[name].settings(**values)
     except Exception as error:  # argparse's and jsonargparse's own, and those of the YAML reader
         cause: BaseException | None = error

@@ -22,6 +22,10 @@ Resid = Float[Tensor, "batch resid_pos d_model"]
 class Metric(ABC):
     """Numbers of the runs of a batch, from the residual after the last block."""
 
+    @abstractmethod
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        """Its values by name, and their shape for one run of one row."""
+
     @property
     def last_only(self) -> bool:
         """Whether it reads the residual at the last real token alone, [batch, 1, d_model]."""
@@ -38,6 +42,9 @@ class Metric(ABC):
 
 class Loss(Metric):
     """A metric with a loss that is differentiable with respect to the residual."""
+
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        return {"loss": ()}
 
     @abstractmethod
     def loss(self, rows: Rows, resid: Resid) -> Float[Tensor, " batch"]:
@@ -68,6 +75,9 @@ class Letters(Loss):
     """
 
     answers: Sequence[int] | Mapping[int, int]
+
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        return {"correct": (), "loss": (), "kl": ()}
 
     def __call__(self, runs: Sequence[Rows], resid: Sequence[Resid], clean: Resid) -> ByName:
         logp = torch.stack([self.logp(rows, x) for rows, x in zip(runs, resid, strict=True)])
@@ -105,6 +115,9 @@ class NextTokens(Metric):
     over the same places of the clean distribution to this one; nothing is right or wrong.
     """
 
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        return {"correct": (), "loss": (), "kl": ()}
+
     @property
     def last_only(self) -> bool:
         return False
@@ -135,6 +148,10 @@ class Profile(Metric):
 
     other: Metric | None = None
     columns = ("top1", "top2", "top3", "median", "pos", "dim")
+
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        own: dict[str, tuple[int, ...]] = dict.fromkeys(self.columns, (n_layers,))
+        return own | (self.other.shapes(n_layers, n_heads) if self.other else {})
 
     @property
     def last_only(self) -> bool:

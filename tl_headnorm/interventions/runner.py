@@ -6,9 +6,8 @@ that begin at the same layer are stacked along the batch.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +23,10 @@ from tl_headnorm.interventions.intervention import Intervention, Rows
 from tl_headnorm.interventions.metrics import Metric
 from tl_headnorm.interventions.replacements import Reference
 from tl_headnorm.model.loading import Model
+from tl_headnorm.run.fingerprints import of_runs
+from tl_headnorm.run.log import InMemory, RunLog, Work
+from tl_headnorm.run.segments import Column
+from tl_headnorm.run.stages import stage_log
 from tl_headnorm.settings import Settings
 
 # Past this many tokens a pass is no faster per token, and its activations leave the cache.
@@ -40,54 +43,10 @@ class Unit:
     samples: tuple[Encoded, ...]
     runs: tuple[int, ...]
 
-
-@runtime_checkable
-class Gathered(Protocol):
-    """The values of all units."""
-
     @property
-    def values(self) -> Mapping[str, np.ndarray]:
-        """By name, [row, ...] of all rows."""
-        ...
-
-
-@runtime_checkable
-class Log(Protocol):
-    """Where values of finished units are kept; of n samples, row r is run r // n, sample r % n.
-
-    The logs of `run/log.py` are such, begun with the metric's columns and the planned units.
-    """
-
-    def remaining(self, units: Sequence[Unit]) -> Iterable[Unit]:
-        """The units that are left, one after the other."""
-        ...
-
-    def add(self, rows: Sequence[int], values: Values) -> None:
-        """Keep the values [row, ...] of the unit at work."""
-        ...
-
-    def gather(self) -> Gathered | None:
-        """The values of all rows; None where another process gathers them."""
-        ...
-
-
-class InMemory:
-    """A log that lasts as long as the run; rows that were never added are NaN."""
-
-    def __init__(self, n_rows: int) -> None:
-        self.n_rows, self.values = n_rows, Values()
-
-    def remaining(self, units: Sequence[Unit]) -> Iterable[Unit]:
-        return units
-
-    def add(self, rows: Sequence[int], values: Values) -> None:
-        for name, value in values.items():
-            if name not in self.values:
-                self.values[name] = np.full((self.n_rows, *value.shape[1:]), np.nan)
-            self.values[name][rows] = value
-
-    def gather(self) -> Gathered:
-        return self
+    def n_runs(self) -> int:
+        """Runs of single samples."""
+        return len(self.samples) * len(self.runs)
 
 
 @torch.no_grad()
@@ -102,7 +61,7 @@ def run(
     base: Intervention | None = None,
     chained: bool = False,
     share: bool = True,
-    log: Log | None = None,
+    log: RunLog | None = None,
     progress: str | None = None,
 ) -> Values:
     """The metric of the clean run and of every intervention, for all samples in their order.
@@ -115,25 +74,43 @@ def run(
     1 plan units: a batch of samples and a stack of runs  2 run what the log lacks, halving what
     does not fit in memory  3 gather the values by run and sample.
     """
-    settings, n_runs = settings or Settings(), 1 + len(interventions)
-    log = log or InMemory(n_runs * len(samples))
+    settings = settings or Settings()
     # 1
-    most = most_tokens(model, settings)
+    log = log or stage_log(sum(map(len, samples)) * (1 + len(interventions)))
+    # The same units in every session, whatever memory is free.
+    most = log.settled("max_batch_tokens", lambda: most_tokens(model, settings))
     units = plan(samples, interventions, settings, most, chained)
+    log.begin(_work(log, model, samples, interventions, metric, units))
     # 2
     runs = _Runs(model, interventions, metric, settings, reference, base, chained, share)
     row_of = {sample.index: row for row, sample in enumerate(samples)}
-    total = sum(len(unit.samples) * len(unit.runs) for unit in units)
+    total = sum(unit.n_runs for unit in log.missing(units))
     with tqdm(total=total, unit="run", disable=progress is None, desc=progress) as bar:
         for unit in log.remaining(units):
-            found = runs.measure(unit.samples, unit.runs)
-            rows = [run * len(samples) + row_of[s.index] for run in unit.runs for s in unit.samples]
-            log.add(rows, {name: v.reshape(-1, *v.shape[2:]) for name, v in found.items()})
-            bar.update(len(rows))
+            values = runs.measure(unit.samples, unit.runs)
+            rows = [row_of[sample.index] for sample in unit.samples]
+            places = [run * len(samples) + row for run in unit.runs for row in rows]
+            log.add(places, {k: v.reshape(-1, *v.shape[2:]) for k, v in values.items()})
+            bar.update(unit.n_runs)
     # 3
     gathered = log.gather()
-    values = {} if gathered is None else gathered.values
-    return {name: v.reshape(n_runs, len(samples), *v.shape[1:]) for name, v in values.items()}
+    assert gathered is not None, "a study runs in one process"
+    shape = (1 + len(interventions), len(samples))
+    return {k: np.array(v).reshape(*shape, *v.shape[1:]) for k, v in gathered.values.items()}
+
+
+def _work(
+    log: RunLog, model: Model, samples: Sequence[Encoded],
+    interventions: Sequence[Intervention], metric: Metric, units: Sequence[Unit],
+) -> Work:  # fmt: skip
+    """Columns and rows [run, sample] of a log, and what a resumed run must find as it was."""
+    shapes = metric.shapes(model.info.n_layers, model.info.n_heads)
+    columns = [Column(name, shape, "<f8", moments=False) for name, shape in shapes.items()]
+    identity = {}
+    if not isinstance(log, InMemory):
+        names = ["clean", *(one.name for one in interventions)]
+        identity = of_runs(model, samples, names, [(u.samples, u.runs) for u in units])
+    return Work(columns, (1 + len(interventions)) * len(samples), len(units), identity)
 
 
 def most_tokens(model: Model, settings: Settings) -> int:

@@ -131,6 +131,9 @@ class SpanWeight(Metric):
     spans: Mapping[int, Sequence[int]]
     heads: Heads
 
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        return {**self.other.shapes(n_layers, n_heads), "weight": ()}
+
     @property
     def last_only(self) -> bool:
         return self.other.last_only

@@ -51,6 +51,28 @@ def of_run(
     return {name: Fingerprint(*parts) for name, parts in found.items()}
 
 
+def of_runs(
+    model: Model,
+    samples: Sequence[Encoded],
+    runs: Sequence[str],
+    units: Sequence[tuple[Sequence[Encoded], Sequence[int]]],
+) -> dict[str, Fingerprint]:
+    """Fingerprints of samples under interventions, named by `runs` and done in these units."""
+    source = " with ".join(filter(None, (model.info.source, model.info.adapter)))
+    numbers = _of_numbers((*(s.index for s in some), -1, *numbers) for some, numbers in units)
+    found = {
+        "config": ("model_path", "the model's config", config(model), source),
+        "weights": ("model_path", "the model's weights", weights(model), source),
+        "prompts": (
+            "template", "the prompts' tokens", prompts(samples, [0] * len(samples)),
+            f"{len(samples)} prompts",
+        ),
+        "runs": ("seed", "the interventions", _of_text("\n".join(runs)), f"{len(runs)} runs"),
+        "batches": ("batch_size", "the batches", numbers, f"{len(units)} units"),
+    }  # fmt: skip
+    return {name: Fingerprint(*parts) for name, parts in found.items()}
+
+
 def measures(chosen: Sequence[Measure], options: str) -> str:
     """SHA-256 of the measures' formulas and of the user's own code."""
     digest = hashlib.sha256(options.encode())

@@ -15,13 +15,14 @@ from typing import Any
 
 from tl_headnorm.errors import InputError, first_line
 from tl_headnorm.run.directory import is_finished, new_run_dir, remove_if_empty
-from tl_headnorm.run.files import locked, write_json
+from tl_headnorm.run.files import locked, write_json, write_text
 from tl_headnorm.run.ranks import Ranks, connect, device_for
 from tl_headnorm.run.signals import Stop, Stopped, on_signals
 from tl_headnorm.settings import Settings
 
 STATE = ".state"
 SAID = "said"
+COMMAND = "command"
 VERBS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped"}
 # How a run is carried out, not what comes out. Where the model and the questions lie may change
 # too: what they hold may not, which is checked when they are open.
@@ -31,16 +32,26 @@ FREE = (
 )  # fmt: skip
 
 
-def settings_of(run_dir: str | Path) -> dict[str, Any]:
+def settings_of(
+    run_dir: str | Path, kind: type[Any] = Settings, command: str = "collect"
+) -> dict[str, Any]:
     """The settings in a run's config.json. Raises InputError where there is no run to resume."""
     folder = Path(run_dir).expanduser()
     if not folder.is_dir():
-        raise InputError(f"resume: expected a run directory of collect, found nothing at {folder}")
+        raise InputError(
+            f"resume: expected a run directory of {command}, found nothing at {folder}"
+        )
     path = folder / "config.json"
     if not is_finished(folder) and not (folder / STATE).is_dir():
         raise InputError(
-            f"resume: expected a directory that collect left unfinished, found no {STATE} in "
+            f"resume: expected a directory that {command} left unfinished, found no {STATE} in "
             f"{folder}; check the path, or start a new run"
+        )
+    began = _command_of(folder, command)
+    if began != command:
+        raise InputError(
+            f"resume: expected a run of {command}, found one of {began} in {folder}; use "
+            f"tl-headnorm {began} --resume"
         )
     if not path.is_file():
         raise InputError(
@@ -49,11 +60,11 @@ def settings_of(run_dir: str | Path) -> dict[str, Any]:
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        known = {f.name: f for f in fields(Settings)}
+        known = {f.name: f for f in fields(kind)}
         unknown = sorted(set(found) - set(known))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"resume: expected {path} as collect wrote it, found it damaged ({first_line(error)})"
+            f"resume: expected {path} as {command} wrote it, found it damaged ({first_line(error)})"
         ) from None
     if unknown:
         raise InputError(
@@ -63,9 +74,20 @@ def settings_of(run_dir: str | Path) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
 
 
-def resumed(run_dir: str | Path, given: Mapping[str, Any]) -> Settings:
+def _command_of(folder: Path, default: str) -> str:
+    """The command that began a run that is not finished."""
+    path = folder / STATE / COMMAND
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else default
+
+
+def resumed(
+    run_dir: str | Path,
+    given: Mapping[str, Any],
+    kind: type[Any] = Settings,
+    command: str = "collect",
+) -> Any:
     """The run's settings with those given that may change; the others are refused by name."""
-    began = settings_of(run_dir)
+    began = settings_of(run_dir, kind, command)
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
         if name not in FREE and name in began and value != began[name]:
@@ -73,7 +95,7 @@ def resumed(run_dir: str | Path, given: Mapping[str, Any]) -> Settings:
                 f"{name}: expected {_shown(began[name])}, as the run in {run_dir} began, found "
                 f"{_shown(value)}; leave it out, or start a new run without --resume"
             )
-    return Settings(**{**began, **given, "resume": str(run_dir)})
+    return kind(**{**began, **given, "resume": str(run_dir)})
 
 
 def _shown(value: Any) -> str:
@@ -87,8 +109,9 @@ class ResumableRun:
     path: Path
     ranks: Ranks
     stop: Stop
-    settings: Settings
+    settings: Any  # of the command's own class
     finished: bool
+    command: str = "collect"
 
     @property
     def state(self) -> Path:
@@ -98,7 +121,7 @@ class ResumableRun:
     @property
     def resumable(self) -> bool:
         """Whether any unit of work is on disk."""
-        return any(self.state.glob("[0-9]*.npz"))
+        return any(self.state.rglob("[0-9]*.npz"))
 
     def finish(self) -> None:
         """The run is complete: its state is not needed any more."""
@@ -118,7 +141,7 @@ class ResumableRun:
 
 
 @contextmanager
-def resumable_run(settings: Settings) -> Iterator[ResumableRun]:
+def resumable_run(settings: Settings, command: str = "collect") -> Iterator[ResumableRun]:
     """A new run directory, or the one that `resume` names: locked, signals handled.
 
     After an error or an interruption the directory stays where any unit of work is on disk, and
@@ -132,10 +155,10 @@ def resumable_run(settings: Settings) -> Iterator[ResumableRun]:
             file=sys.stderr, flush=True,
         )  # fmt: skip
     with on_signals(echoed=ranks.world_size > 1) as stop, ExitStack() as stack:
-        path, finished = ranks.broadcast(lambda: _open(settings, stack))
+        path, finished = ranks.broadcast(lambda: _open(settings, command, stack))
         if not finished:
             ranks.agree(lambda: ranks.first or stack.enter_context(locked(path / STATE)))
-        run = ResumableRun(path, ranks, stop, settings, finished)
+        run = ResumableRun(path, ranks, stop, settings, finished, command)
         try:
             device = ranks.agree(lambda: device_for(settings.device_map, ranks))
             run.settings = replace(settings, device_map=device)
@@ -145,13 +168,14 @@ def resumable_run(settings: Settings) -> Iterator[ResumableRun]:
             raise
 
 
-def _open(settings: Settings, stack: ExitStack) -> tuple[Path, bool]:
+def _open(settings: Settings, command: str, stack: ExitStack) -> tuple[Path, bool]:
     """The directory, made or locked by rank 0, and whether it is finished."""
     if settings.resume is None:
         path = new_run_dir(settings.output_dir, settings.experiment_name)
         try:
             (path / STATE).mkdir()
             stack.enter_context(locked(path / STATE, alone=True))
+            write_text(path / STATE / COMMAND, command + "\n")
             write_json(path / "config.json", settings.as_dict())
         except BaseException:
             _take_back(path)
@@ -182,7 +206,7 @@ def _leave(run: ResumableRun, error: BaseException) -> None:
         return
     if is_finished(run.path):
         return
-    how = f"to go on: tl-headnorm collect --resume {shlex.quote(str(run.path))}"
+    how = f"to go on: tl-headnorm {run.command} --resume {shlex.quote(str(run.path))}"
     spoken = agreed or run.first_to_say()
     if isinstance(error, KeyboardInterrupt):
         signum = getattr(error, "signum", signal.SIGINT)

@@ -17,7 +17,8 @@ from tl_headnorm.model.loading import Model
 from tl_headnorm.plots.panel import group_size
 from tl_headnorm.plots.save import save_all
 from tl_headnorm.run.files import write_json, write_text
-from tl_headnorm.run.loading import run_dir, say
+from tl_headnorm.run.loading import say
+from tl_headnorm.run.stages import run_study
 from tl_headnorm.run.study import open_study, record, save_npz, save_table, text_length
 
 
@@ -48,9 +49,7 @@ def _text_data(model: Model, texts: Texts, settings: AblateSettings) -> ablate.D
 
 def run_ablate(settings: AblateSettings) -> Path:
     """Remove heads and MLPs, write tables, arrays, figures and a summary; the directory."""
-    with run_dir(settings.output_dir, settings.experiment_name) as path:
-        _ablate(settings, path)
-    return path
+    return run_study(settings, "ablate", _ablate)
 
 
 def _ablate(settings: AblateSettings, path: Path) -> None:

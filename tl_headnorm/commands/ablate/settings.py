@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Optional
 from tl_headnorm.bounds import Count, CountFrom0, DirName, OneOf, TextLength, by_commas
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.names import REPLACEMENTS
-from tl_headnorm.settings import BATCHES, STUDY, TOKENS, Settings, needs_data
+from tl_headnorm.settings import BATCHES, CHECKPOINTS, STUDY, TOKENS, Settings, needs_data
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class AblateSettings(Settings):
     profile: bool = False
     time_sharing: CountFrom0 = 0
     experiment_name: DirName = "ablation"
-    uses: ClassVar = (*STUDY, *BATCHES, *TOKENS)
+    uses: ClassVar = (*STUDY, *BATCHES, *TOKENS, *CHECKPOINTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,8 +24,9 @@ from tl_headnorm.plots.panel import Figure, group_size
 from tl_headnorm.plots.save import save_page
 from tl_headnorm.run import results
 from tl_headnorm.run.files import write_json, write_text, write_with
-from tl_headnorm.run.loading import open_model, open_questions, run_dir, say
+from tl_headnorm.run.loading import open_model, open_questions, say
 from tl_headnorm.run.reading import load_run
+from tl_headnorm.run.stages import run_study
 from tl_headnorm.run.study import save_table
 
 Figures = dict[str, Figure]  # by file stem
@@ -33,11 +34,7 @@ Figures = dict[str, Figure]  # by file stem
 
 def run_attribute(settings: AttributeSettings) -> Path:
     """Attribute, report, write the run directory; its path."""
-    with run_dir(settings.output_dir, settings.experiment_name) as path:
-        if settings.run is not None:
-            _report_on(Path(settings.run).expanduser(), settings, path)
-        else:
-            _attribute(settings, path)
+    path = run_study(settings, "attribute", _attribute if settings.run is None else _report_on)
     say((path / "summary.md").read_text(encoding="utf-8"))
     return path
 
@@ -212,8 +209,9 @@ def _ranks(maps: Mapping[str, np.ndarray], path: Path, figures: Figures) -> pd.D
     return table
 
 
-def _report_on(source: Path, settings: AttributeSettings, path: Path) -> None:
+def _report_on(settings: AttributeSettings, path: Path) -> None:
     """Stability of the per-sample values of a finished run, whatever it measured."""
+    source = Path(str(settings.run)).expanduser()
     stored = source / "per_sample.npz"
     if not (source / "meta.json").is_file() or not stored.is_file():
         raise InputError(

@@ -14,7 +14,7 @@ from tl_headnorm.bounds import (
     by_commas,
 )
 from tl_headnorm.errors import InputError
-from tl_headnorm.settings import BATCHES, STUDY, Settings
+from tl_headnorm.settings import BATCHES, CHECKPOINTS, STUDY, Settings
 
 METHODS = (
     "grad_x_act",
@@ -98,7 +98,7 @@ class AttributeSettings(Settings):
     fdr: Fraction = 0.05
     batch_size: Count = 32
     experiment_name: DirName = "attribution"
-    uses: ClassVar = (*STUDY, *BATCHES)
+    uses: ClassVar = (*STUDY, *BATCHES, *CHECKPOINTS)
     needs: ClassVar = {"greedy": "validate", "run": "stability"}
 
     def __post_init__(self) -> None:

@@ -18,29 +18,32 @@ from tl_headnorm.measures import choose_measures
 from tl_headnorm.model.loading import Model
 from tl_headnorm.plots.save import save
 from tl_headnorm.run.files import write_json, write_text, write_with
-from tl_headnorm.run.loading import open_both, run_dir, say
+from tl_headnorm.run.loading import open_both, say
 from tl_headnorm.run.reading import load_run
+from tl_headnorm.run.stages import run_study
 from tl_headnorm.run.study import record, save_table
 
 
 def run_inactive(settings: InactiveSettings) -> Path:
     """Rank heads by every score, switch them off, write tables, a figure and a summary."""
     choose_measures(settings.measures, settings.measures_file)
-    run = None if settings.run is None else load_run(settings.run)
-    with run_dir(settings.output_dir, settings.experiment_name) as path:
-        started = time.time()
-        model, questions = open_both(settings)
-        split = split_rows(len(questions), settings.calibration_share)
-        ids = [q.id for q in questions]
-        orders, notes = _orders(settings, {ids[i] for i in split.calibration}, set(ids), model)
-        found = find_inactive(model, questions, settings, run=run, orders=orders, progress=True)
-        _save(found, path, settings)
-        meta = _meta(found, model, settings, notes, started)
-        text = summary(found, meta)
-        write_text(path / "summary.md", text)
-        write_json(path / "meta.json", meta)
-    say(text)
+    path = run_study(settings, "inactive", _inactive)
+    say((path / "summary.md").read_text(encoding="utf-8"))
     return path
+
+
+def _inactive(settings: InactiveSettings, path: Path) -> None:
+    started = time.time()
+    run = None if settings.run is None else load_run(settings.run)
+    model, questions = open_both(settings)
+    split = split_rows(len(questions), settings.calibration_share)
+    ids = [q.id for q in questions]
+    orders, notes = _orders(settings, {ids[i] for i in split.calibration}, set(ids), model)
+    found = find_inactive(model, questions, settings, run=run, orders=orders, progress=True)
+    _save(found, path, settings)
+    meta = _meta(found, model, settings, notes, started)
+    write_text(path / "summary.md", summary(found, meta))
+    write_json(path / "meta.json", meta)
 
 
 def _orders(

@@ -69,6 +69,9 @@ class Bench:
 class LettersAndOff(Letters):
     """The answer distribution, and the share `off` of heads that a rule switched off."""
 
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes(n_layers, n_heads), "off": ()}
+
     def __call__(self, runs: Sequence[Rows], resid: Sequence[Resid], clean: Resid) -> ByName:
         values = super().__call__(runs, resid, clean)
         none = torch.zeros(len(runs[0]), 1, 1, device=clean.device)

@@ -15,7 +15,7 @@ from tl_headnorm.bounds import (
     by_commas,
 )
 from tl_headnorm.interventions.names import CONSTANT_REPLACEMENTS
-from tl_headnorm.settings import BATCHES, MEASURES, STUDY, Settings
+from tl_headnorm.settings import BATCHES, CHECKPOINTS, MEASURES, STUDY, Settings
 
 MODES = ("static", "per_input", "on_the_fly")
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
@@ -66,7 +66,7 @@ class InactiveSettings(Settings):
     bootstrap: Annotated[int, at_least(100)] = 1000
     batch_size: Count = 16
     experiment_name: DirName = "inactive"
-    uses: ClassVar = (*STUDY, *BATCHES, *MEASURES)
+    uses: ClassVar = (*STUDY, *BATCHES, *MEASURES, *CHECKPOINTS)
 
     @property
     def chosen_modes(self) -> tuple[str, ...]:

@@ -17,15 +17,14 @@ from tl_headnorm.interventions.heads import as_file
 from tl_headnorm.model.loading import Model
 from tl_headnorm.plots.save import save_all
 from tl_headnorm.run.files import write_json, write_text
-from tl_headnorm.run.loading import run_dir, say
+from tl_headnorm.run.loading import say
+from tl_headnorm.run.stages import run_study
 from tl_headnorm.run.study import open_study, record, save_npz, save_table, text_length
 
 
 def run_massive(settings: MassiveSettings) -> Path:
     """Study massive activations, write tables, arrays, figures and a summary; the directory."""
-    with run_dir(settings.output_dir, settings.experiment_name) as path:
-        _massive(settings, path)
-    return path
+    return run_study(settings, "massive", _massive)
 
 
 def _massive_inputs(

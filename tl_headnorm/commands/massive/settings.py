@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Optional
 
 from tl_headnorm.bounds import Count, DirName, Size, TextLength, at_least
-from tl_headnorm.settings import BATCHES, STUDY, Settings, needs_data
+from tl_headnorm.settings import BATCHES, CHECKPOINTS, STUDY, Settings, needs_data
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class MassiveSettings(Settings):
     rank_by: Literal["first_token_weight", "head_resid_contrib_norm"] = "first_token_weight"
     sweep_layers: bool = True
     experiment_name: DirName = "massive"
-    uses: ClassVar = (*STUDY, *BATCHES)
+    uses: ClassVar = (*STUDY, *BATCHES, *CHECKPOINTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -33,18 +33,14 @@ from tl_headnorm.model.loading import Model
 from tl_headnorm.plots.panel import group_size
 from tl_headnorm.plots.save import save
 from tl_headnorm.run.files import write_json, write_text
-from tl_headnorm.run.loading import open_both, open_model, run_dir, say
+from tl_headnorm.run.loading import open_both, open_model, say
+from tl_headnorm.run.stages import run_study
 from tl_headnorm.run.study import record, save_table
 
 
 def run_steer(settings: SteerSettings) -> Path:
     """Steer, write tables, figures and a summary; the directory."""
-    with run_dir(settings.output_dir, settings.experiment_name) as path:
-        if settings.prompts is not None:
-            _follow(settings, path)
-        else:
-            _steer(settings, path)
-    return path
+    return run_study(settings, "steer", _steer if settings.prompts is None else _follow)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,9 @@ class AttentionContrast(Metric):
     answers: Mapping[int, int]
     offsets: Sequence[int]
 
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        return {str(offset): (n_layers, n_heads) for offset in self.offsets}
+
     def hooks(self, rows: Rows) -> list[Hook]:
         def reader(layer: int) -> Callable[[Tensor, Any], None]:
             def read(pattern: Float[Tensor, "batch head q k"], hook: Any) -> None:

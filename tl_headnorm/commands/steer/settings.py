@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Optional, Union
 
 from tl_headnorm.bounds import Bound, Count, CountFrom0, DirName, Size, TextLength
 from tl_headnorm.errors import InputError
-from tl_headnorm.settings import BATCHES, STUDY, Settings
+from tl_headnorm.settings import BATCHES, CHECKPOINTS, STUDY, Settings
 
 _spans = "question, option:answer, option:wrong or option:A (B, C, ...)"
 _match = re.compile(r"question|option:(answer|wrong|[A-Z])").fullmatch
@@ -77,7 +77,7 @@ class SteerSettings(Settings):
     distract_at: Literal["before", "after"] = "after"
     must_include_least: Size = 0.1
     experiment_name: DirName = "steer"
-    uses: ClassVar = (*STUDY, *BATCHES)
+    uses: ClassVar = (*STUDY, *BATCHES, *CHECKPOINTS)
     needs: ClassVar = {"distract": "prompts"}
 
     def __post_init__(self) -> None:

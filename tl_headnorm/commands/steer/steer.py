@@ -36,6 +36,9 @@ class Answers(Letters):
 
     targets: Mapping[int, int] = field(default_factory=dict)
 
+    def shapes(self, n_layers: int, n_heads: int) -> dict[str, tuple[int, ...]]:
+        return {**super().shapes(n_layers, n_heads), "predicted": (), "target_logp": ()}
+
     def __call__(self, runs: Sequence[Rows], resid: Sequence[Resid], clean: Resid) -> ByName:
         values = super().__call__(runs, resid, clean)
         logp = torch.stack([self.logp(rows, x) for rows, x in zip(runs, resid, strict=True)])
