@@ -130,6 +130,18 @@ def test_a_base_is_in_place_in_every_run(model):
     assert (found["kl"][0] == 0).all()  # of the base's distribution to each run's
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_start_behind_the_scores_rounds_as_the_pass_does(dtype):
+    """A mask that chooses no head, started in every layer: the clean run, bit for bit."""
+    model = load_model(hf_model=llama(dtype=dtype), self_check=False)
+    rows = Rows.pad(model, prompts(), "right")
+    clean = CachedRun(rows, starts=range(3), last_only=True)
+    for layer in range(3):
+        same_z = (f"blocks.{layer}.attn.hook_z", lambda z, hook: z.clone())
+        resid = clean.stack([[same_z]], layer)[0]
+        assert torch.equal(resid, clean.resid)
+
+
 def test_readers_before_the_start_give_the_clean_run_s(model):
     late = [Ablation("last", heads=((2, 0),))]
     found = run(model, prompts(), late, Profile())

@@ -25,7 +25,7 @@ from tl_headnorm.engine.protocol import (
     layer_readers,
     wide,
 )
-from tl_headnorm.engine.short_blocks import stopping_at
+from tl_headnorm.engine.short_blocks import mlp_out, stopping_at
 
 
 class HookedEngine(Engine):
@@ -149,6 +149,11 @@ class HookedEngine(Engine):
     def final_norm(self) -> FinalNorm:
         norm = self.tl.ln_final
         return FinalNorm(norm.w, norm.eps, self.cfg.normalization_type == "LN")
+
+    def mlp(
+        self, layer: int, resid_mid: Float[Tensor, "row pos d_model"]
+    ) -> Float[Tensor, "row pos d_model"]:
+        return mlp_out(self.tl.blocks[layer], resid_mid)
 
     def head_sum_name(self, layer: int) -> str:
         return hook_names.attn_out(layer)

@@ -184,6 +184,14 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     return F.linear(post, mlp.W_out.T, mlp.b_out)
 
 
+def mlp_out(block: Any, resid_mid: Float[Tensor, "b p m"]) -> Float[Tensor, "b p m"]:
+    """The output of a block's MLP, with the roundings of the forward that the block has."""
+    if "stock_forward" in block.__dict__:
+        return _mlp(block.mlp, rms_norm(block.ln2, resid_mid))
+    out: Tensor = block.mlp(block.ln2(resid_mid))
+    return out
+
+
 def _usable(block: Any, past: Any, mask: Tensor | None, cut: bool) -> bool:
     """Whether nothing but FIRED is watched and the pass is of the kind computed here."""
     if mask is None or any(map(watched, block.silent)):
