@@ -311,7 +311,7 @@ def test_contribution_beside_the_sink_score(stories):
     tokens = encode_text(stories.tokenizer, STORY)
     found = look(stories, tokens, Wanted(tuple(range(5))))
     ids = torch.tensor([tokens.ids])
-    sinks = edits.read_sinks(stories.tl, ids, torch.ones_like(ids))
+    sinks = edits.read_sinks(stories.engine, ids, torch.ones_like(ids))
     np.testing.assert_allclose(found.run["contribution"], sinks.contribution[0], rtol=1e-4)
     np.testing.assert_allclose(found.run["first_token"], sinks.weight[0], rtol=1e-4)
     assert found.run.attrs["uniform"]["first_token"] == pytest.approx(float(sinks.uniform[0]))

@@ -182,7 +182,7 @@ def test_its_heads_rank_for_ablate(finished, run_cli, small, tmp_path):
     heads = pd.read_parquet(finished.run_dir / "heads.parquet")
     from tl_headnorm.interventions.rankings import ranked_heads
 
-    shape = heads["layer"].max() + 1, heads["head"].max() + 1
+    shape = int(heads["layer"].max()) + 1, int(heads["head"].max()) + 1
     top = ranked_heads("top:2", finished.run_dir, "previous_token", *shape, ("heads.parquet",))[1]
     best = heads.sort_values("previous_token").tail(2)
     assert set(top) == set(zip(best["layer"], best["head"], strict=True))

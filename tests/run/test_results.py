@@ -310,7 +310,7 @@ def test_nothing_follows_meta(run_cli, small, tmp_path, monkeypatch):
     monkeypatch.setattr(tl_headnorm.run.files.Path, "replace", record)
     run = run_cli("collect", *small, "--max_samples", 1, "--output_dir", tmp_path).run_dir
     assert order[-1] == "meta.json"
-    while_it_runs = {".writable", "run.json", "00000000-0000.npz"}
+    while_it_runs = {".writable", "command", "run.json", "00000000-0000.npz"}
     assert {p.name for p in run.iterdir()} == set(order) - while_it_runs
 
 
