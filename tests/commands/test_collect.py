@@ -97,11 +97,12 @@ def test_out_of_memory_halves_and_neither_loses_nor_repeats(monkeypatch):
 
     original, sizes = measurer.Measurer.__call__, []
 
-    def small_memory(self, batch):
-        sizes.append(batch.ids.numel())
-        if batch.ids.numel() > 20:
+    def small_memory(self, prompts):
+        skip = len(self.prefix) if self.prefix else 0
+        sizes.append(len(prompts) * (max(map(len, prompts)) - skip))  # padded tokens
+        if sizes[-1] > 20:
             raise torch.OutOfMemoryError("out of memory")
-        return original(self, batch)
+        return original(self, prompts)
 
     monkeypatch.setattr(measurer.Measurer, "__call__", small_memory)
     found = measure_samples(model, samples(), batch_size=12)

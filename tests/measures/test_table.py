@@ -17,7 +17,7 @@ from tl_headnorm.measures import (
     FOLLOW_TOKEN_AGG,
     MEASURES,
     NORMS,
-    Seen,
+    LayerActivations,
     Weights,
     choose_measures,
     contribution_factor,
@@ -180,10 +180,10 @@ def test_a_sink_whose_value_is_nothing():
     z = torch.einsum("bhqk,bkd->bqhd", pattern, v[:, :, 0])
     real = torch.ones(1, n, dtype=torch.bool)
     read = {"v": v, "pattern": pattern, "resid_pre": torch.ones(1, n, 5, dtype=torch.float64)}
-    seen = Seen(z, real, real.cumsum(1) - 1, real, weights, read)
+    activations = LayerActivations(z, real, real.cumsum(1) - 1, real, weights, read)
 
     def of(name):
-        return MEASURES[name].compute(seen)[0]
+        return MEASURES[name].compute(activations)[0]
 
     assert (of("attention_first")[:, 0] == 1).all()
     for name in ("attention_entropy", "value_contribution", "contrib_norm_all", "cosine_all"):
@@ -229,8 +229,8 @@ def test_choosing():
 OWN = """
 from tl_headnorm.measures import Measure
 
-def largest(seen):
-    return seen.z.abs().amax(-1)
+def largest(activations):
+    return activations.z.abs().amax(-1)
 
 MEASURES = {"largest": Measure("largest", "max |z|", "activation units", largest, "all")}
 """
@@ -290,15 +290,15 @@ def test_a_faulty_measures_file_is_one_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("seen.nothing", "measure largest failed .AttributeError"),
-        ("seen.z", "to give a tensor .batch, pos, head. of"),
-        ("seen.pattern", "expected 'pattern' among what it reads"),
-        ("seen.z[..., 0] / 0", "expected finite values"),
+        ("activations.nothing", "measure largest failed .AttributeError"),
+        ("activations.z", "to give a tensor .batch, pos, head. of"),
+        ("activations.pattern", "expected 'pattern' among what it reads"),
+        ("activations.z[..., 0] / 0", "expected finite values"),
     ],
 )
 def test_a_faulty_measure_is_one_line(tmp_path, body, message):
     path = tmp_path / "mine.py"
-    path.write_text(OWN.replace("seen.z.abs().amax(-1)", body))
+    path.write_text(OWN.replace("activations.z.abs().amax(-1)", body))
     with pytest.raises(InputError, match=message):
         measure_samples(as_model(hooked()), prompts(), measures=choose_measures("largest", path))
 
@@ -313,13 +313,13 @@ def test_patterns_are_counted_when_batches_are_planned(monkeypatch):
 
     monkeypatch.setattr(measurer, "free_bytes", lambda device: 10**6)
     model = as_model(hooked())
-    plain = measurer.most_tokens(model, measurer.How(), 100)
-    how = measurer.How(measures=choose_measures("attention_entropy"))
+    plain = measurer.most_tokens(model, measurer.MeasureOptions(), 100)
+    how = measurer.MeasureOptions(measures=choose_measures("attention_entropy"))
     found = [measurer.most_tokens(model, how, n) for n in (100, 200)]
     assert found[0] < plain
     assert found[0] == 10**6 // 2 // (measurer.PATTERN_BYTES * 3 * 100)
     assert found[1] == found[0] // 2
-    assert measurer.most_tokens(model, measurer.How(max_batch_tokens=77), 100) == 77
+    assert measurer.most_tokens(model, measurer.MeasureOptions(max_batch_tokens=77), 100) == 77
 
 
 def test_what_follows_from_a_run_is_derived_not_stored(run_cli, small, tmp_path):

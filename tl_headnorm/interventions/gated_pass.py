@@ -10,7 +10,7 @@ from tl_headnorm.engine.protocol import Hook, layer_readers
 from tl_headnorm.errors import InputError
 from tl_headnorm.interventions.intervention import Intervention, Rows
 from tl_headnorm.measures import Measure
-from tl_headnorm.measures.measurer import Factors, How, Measurer
+from tl_headnorm.measures.measurer import Factors, MeasureOptions, Measurer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Rule(Intervention):
 
     @property
     def everywhere(self) -> bool:
-        return How(measures=(self.measure,)).everywhere
+        return MeasureOptions(measures=(self.measure,)).everywhere
 
     def hooks(self, rows: Rows) -> list[Hook]:
         """Raises InputError for a measure that reads the answer."""
@@ -51,7 +51,7 @@ class Rule(Intervention):
                 f"{self.measure.name}"
             )
         info = rows.model.info
-        measurer = Measurer(rows.model, self.factors, How(measures=(self.measure,)), ())
+        measurer = Measurer(rows.model, self.factors, MeasureOptions(measures=(self.measure,)), ())
         off = torch.zeros(len(rows), info.n_layers, info.n_heads, device=rows.ids.device)
         rows.found["off"] = off
 
@@ -64,7 +64,7 @@ class Rule(Intervention):
             new = rows.replacement(self.method, layer).to(z.dtype)
             return torch.where(gone[:, None, :, None], new, z)
 
-        return layer_readers(info.n_layers, measurer.how.reads, on_layer)
+        return layer_readers(info.n_layers, measurer.options.reads, on_layer)
 
 
 def _scaled(values: Float[Tensor, "row head"], normalised: bool) -> Float[Tensor, "row head"]:

@@ -2,7 +2,7 @@
 
 from tl_headnorm.engine.positions import last_real_position, take_position
 from tl_headnorm.measures.activations import (
-    Seen,
+    LayerActivations,
     Weights,
     contribution_factor,
     output_norm,
@@ -26,8 +26,8 @@ __all__ = [
     "MEASURES",
     "NORMS",
     "READS",
+    "LayerActivations",
     "Measure",
-    "Seen",
     "Weights",
     "choose_measures",
     "contribution_factor",

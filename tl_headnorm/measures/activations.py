@@ -77,7 +77,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Seen:
+class LayerActivations:
     """One layer's activations in one forward pass: its queries are the tokens of the pass.
 
     Its keys are the same tokens, those of a prefix run before in front of them. Where only the

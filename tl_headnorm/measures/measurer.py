@@ -10,14 +10,14 @@ from torch import Tensor
 
 from tl_headnorm.data.batches import Batch, make_batch
 from tl_headnorm.data.tokens import Encoded
-from tl_headnorm.engine.memory import SHARE, auto_batch_tokens, free_bytes, is_out_of_memory
+from tl_headnorm.engine.memory import SHARE, auto_batch_tokens, free_bytes
 from tl_headnorm.engine.protocol import Prefix, Tail
-from tl_headnorm.errors import InputError, first_line
+from tl_headnorm.errors import InputError
 from tl_headnorm.measures import (
     NORMS,
     READS,
+    LayerActivations,
     Measure,
-    Seen,
     Weights,
     contribution_factor,
     last_real_position,
@@ -64,7 +64,6 @@ class MeasureOptions:
         return any(measure.final_scale for measure in self.measures)
 
 
-How = MeasureOptions  # its former name
 Factors = Mapping[int, Tensor]
 
 
@@ -83,12 +82,12 @@ def factors_of(model: Model) -> dict[int, Float[Tensor, "head k d_head"]]:
     return {layer: contribution_factor(model.engine.W_O(layer)) for layer in layers}
 
 
-def most_tokens(model: Model, how: MeasureOptions, longest: int) -> int:
+def most_tokens(model: Model, options: MeasureOptions, longest: int) -> int:
     """Padded tokens per pass: the setting, or what fits; a pattern takes `longest` per token."""
-    if how.max_batch_tokens != "auto":
-        return int(how.max_batch_tokens)
+    if options.max_batch_tokens != "auto":
+        return int(options.max_batch_tokens)
     most = auto_batch_tokens(model)
-    if "pattern" in how.reads:
+    if "pattern" in options.reads:
         per_token = PATTERN_BYTES * model.info.n_heads * longest
         most = min(most, int(SHARE * free_bytes(model.device)) // per_token)
     return max(most, 1)
@@ -98,9 +97,9 @@ class Measurer:
     """Measures batches of one group of prompts; the shared prefix is run once, here."""
 
     def __init__(
-        self, model: Model, factors: Factors, how: MeasureOptions, prefix: Sequence[int]
+        self, model: Model, factors: Factors, options: MeasureOptions, prefix: Sequence[int]
     ) -> None:
-        self.model, self.how = model, how
+        self.model, self.options = model, options
         self.weights = {
             layer: Weights(model.engine.W_O(layer), model.engine.b_O(layer), factor)
             for layer, factor in factors.items()
@@ -109,88 +108,98 @@ class Measurer:
         self.before: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self.prefix: Prefix | None = None
         if prefix:
-            whole = any(not m.at_last(how.token_agg) for m in how.measures)
-            self.prefix = model.engine.run_prefix(prefix, reads=how.reads if whole else (),
-                on_layer=self._take_prefix if whole else lambda layer, read: None,
+            whole = any(not m.at_last(options.token_agg) for m in options.measures)
+            self.prefix = model.engine.run_prefix(prefix, reads=options.reads if whole else (),
+                on_layer=self._on_prefix_layer if whole else lambda layer, read: None,
             )  # fmt: skip
 
-    def _take_prefix(self, layer: int, read: dict[str, Tensor]) -> None:
+    def _on_prefix_layer(self, layer: int, read: dict[str, Tensor]) -> None:
         z = read.pop("z")
         real = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-        seen = Seen(z, real, real.cumsum(1) - 1, real, self.weights[layer], read)
-        for measure in self.how.measures:
-            if not measure.at_last(self.how.token_agg):
-                counted = measure.counted(seen, self.how.exclude_first_token)
-                values = self._values(measure, seen)
+        activations = LayerActivations(z, real, real.cumsum(1) - 1, real, self.weights[layer], read)
+        for measure in self.options.measures:
+            if not measure.at_last(self.options.token_agg):
+                counted = measure.counted(activations, self.options.exclude_first_token)
+                values = measure.compute(activations)
                 self.before[measure.name, layer] = sum_over_tokens(values, counted)
 
-    def of_prompts(self, samples: Sequence[Encoded]) -> Found:
-        """Measure prompts of the group, as one batch."""
-        skip = len(self.prefix) if self.prefix else 0
-        return self(make_batch(samples, self.how.padding_side, skip=skip))
+    def __call__(self, samples: Sequence[Encoded]) -> Found:
+        """Every measure of every head for prompts of the group, and each one's predicted option.
 
-    def __call__(self, batch: Batch) -> Found:
-        """Every measure of every head for one batch, and each prompt's predicted option.
-
-        A layer whose hook did not fire is NaN. Only [batch, layer, head] numbers leave the device.
+        One batch. A layer whose hook did not fire is NaN. Only [batch, layer, head] numbers leave
+        the device.
         """
-        model, how = self.model, self.how
+        model, options = self.model, self.options
+        skip = len(self.prefix) if self.prefix else 0
+        batch = make_batch(samples, options.padding_side, skip=skip)
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
         last = last_real_position(mask)
-        tail = Tail(last, how.everywhere, how.score or how.final_scale)
-        answer = self._answer(batch) if any("answer" in m.reads for m in how.measures) else None
-        columns: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in how.measures}
+        tail = Tail(last, options.everywhere, options.score or options.final_scale)
+        answer = self._answer(batch) if any("answer" in m.reads for m in options.measures) else None
+        columns: dict[str, dict[int, Tensor]] = {measure.name: {} for measure in options.measures}
 
-        def take(layer: int, read: dict[str, Tensor]) -> None:
+        def on_layer(layer: int, read: dict[str, Tensor]) -> None:
             if answer is not None:
                 read["answer"] = answer
             for name, values in self.of_layer(layer, read, mask, last).items():
                 columns[name][layer] = values
 
         resid = model.engine.run_layers(
-            ids, mask, take, reads=how.reads, prefix=self.prefix, tail=tail
+            ids, mask, on_layer, reads=options.reads, prefix=self.prefix, tail=tail
         )
         layers = range(model.info.n_layers)
         missing = tuple(i for i in layers if any(i not in c for c in columns.values()))
         nothing = torch.full((len(mask), model.info.n_heads), torch.nan, device=model.device)
         nothing = nothing.to(self.weights[0].factor.dtype)
-        scale = model.engine.final_scale(resid[:, 0]) if how.final_scale else None
+        scale = model.engine.final_scale(resid[:, 0]) if options.final_scale else None
         values = {}
-        for measure in how.measures:
+        for measure in options.measures:
             found = [columns[measure.name].get(layer, nothing) for layer in layers]
             column = torch.stack(found, dim=1).double()
             if measure.final_scale and scale is not None:
                 column = column / scale[:, None, None]
             values[measure.name] = column.cpu().numpy()
-        guesses = _predict(model, batch, resid[:, 0]) if how.score else None
+        guesses = _predict(model, batch, resid[:, 0]) if options.score else None
         return Found(values, np.full(len(batch), -1) if guesses is None else guesses, missing)
 
     def of_layer(
         self, layer: int, read: dict[str, Tensor], mask: Tensor, last: Tensor
     ) -> dict[str, Float[Tensor, "batch head"]]:
-        """Every measure of one layer, from what was read of it at this pass's tokens."""
-        seen = self._seen(layer, read, mask, last)
-        return {m.name: self._of_layer(m, layer, seen, last) for m in self.how.measures}
+        """Every measure of one layer, from its activations at this pass's tokens."""
+        activations = self._activations(layer, read, mask, last)
+        found = {}
+        for measure in self.options.measures:
+            per_token = measure.compute(activations)
+            found[measure.name] = self._over_tokens(measure, layer, per_token, activations, last)
+        return found
 
-    def _seen(self, layer: int, read: dict[str, Tensor], mask: Tensor, last: Tensor) -> Seen:
-        """A layer as the measures see it: at all queries, or cut to the last."""
+    def _activations(
+        self, layer: int, read: dict[str, Tensor], mask: Tensor, last: Tensor
+    ) -> LayerActivations:
+        """One layer's activations at all queries, or at the last one alone."""
         before = len(self.prefix) if self.prefix else 0
         real, place = mask.bool(), mask.cumsum(1) - 1 + before
         keys = torch.nn.functional.pad(real, (before, 0), value=True)
-        if not self.how.everywhere:
+        if not self.options.everywhere:
             read = {k: _at(v, last) if k != "answer" else v for k, v in read.items()}
             real, place = take_position(real, last), take_position(place, last)
         elif self.prefix and "v" in read:
             read["past_v"] = self.model.engine.prefix_values(self.prefix, layer)
-        return Seen(read.pop("z"), real, place, keys, self.weights[layer], read)
+        return LayerActivations(read.pop("z"), real, place, keys, self.weights[layer], read)
 
-    def _of_layer(self, measure: Measure, layer: int, seen: Seen, last: Tensor) -> Tensor:
-        """One measure of one layer, [batch, head]."""
-        per_token = self._values(measure, seen)
-        at_last = (take_position(per_token, last) if self.how.everywhere else per_token)[:, 0]
-        if measure.at_last(self.how.token_agg):
+    def _over_tokens(
+        self,
+        measure: Measure,
+        layer: int,
+        per_token: Tensor,
+        activations: LayerActivations,
+        last: Tensor,
+    ) -> Float[Tensor, "batch head"]:
+        """One number of the values per token: the last, a mean, or their ratio."""
+        at_last = (take_position(per_token, last) if self.options.everywhere else per_token)[:, 0]
+        if measure.at_last(self.options.token_agg):
             return at_last
-        counted = measure.counted(seen, self.how.exclude_first_token)
+        counted = measure.counted(activations, self.options.exclude_first_token)
         total, count = sum_over_tokens(per_token, counted)
         if (measure.name, layer) in self.before:
             earlier, number = self.before[measure.name, layer]
@@ -199,39 +208,18 @@ class Measurer:
             return ratio(at_last, total / count)
         return total / count  # NaN where nothing is counted
 
-    def _values(self, measure: Measure, seen: Seen) -> Tensor:
-        """Its values at every query; a fault in a measure of the user's own is one line."""
-        if measure.source is None:
-            return measure.compute(seen)
-        try:
-            values = measure.compute(seen)
-        except InputError:
-            raise
-        except Exception as error:  # code that is not ours may raise anything
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"{measure.source}: measure {measure.name} failed ({type(error).__name__}: "
-                f"{first_line(error)})"
-            ) from error
-        if not isinstance(values, Tensor) or values.shape != seen.z.shape[:3]:
-            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise InputError(
-                f"{measure.source}: expected measure {measure.name} to give a tensor [batch, pos, "
-                f"head] of {tuple(seen.z.shape[:3])}, found {shape}"
-            )
-        return values.to(seen.weights.factor.dtype)
-
     def _answer(self, batch: Batch) -> Float[Tensor, "batch d_model"]:
         """The direction of every prompt's answer."""
-        if self.how.answers is None or any(len(s.letter_ids) < 2 for s in batch.samples):
+        if self.options.answers is None or any(len(s.letter_ids) < 2 for s in batch.samples):
             raise InputError(
                 "measures: expected prompts with an answer's letter for direct_logit, found none; "
                 "use --score_answers true, or leave it out"
             )
         device = self.model.device
         letters, counts = _letters(batch, device)
-        answers = torch.tensor([self.how.answers[s.index] for s in batch.samples], device=device)
+        answers = torch.tensor(
+            [self.options.answers[s.index] for s in batch.samples], device=device
+        )
         return self.model.engine.answer_directions(letters, counts, answers)
 
 

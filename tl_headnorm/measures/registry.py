@@ -2,11 +2,15 @@
 
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
+from tl_headnorm.engine.memory import is_out_of_memory
 from tl_headnorm.errors import InputError, first_line, unknown
+from tl_headnorm.measures.activations import LayerActivations
 from tl_headnorm.measures.table import MEASURES, READS, TOKENS, Measure
 
 
@@ -60,7 +64,37 @@ def load_measures(path: str | Path) -> dict[str, Measure]:
         )
     for name, measure in found.items():
         _check_measure(str(name), measure)
-    return {name: replace(measure, source=str(where)) for name, measure in found.items()}
+    return {
+        name: replace(measure, source=str(where), compute=_guarded(measure, str(where)))
+        for name, measure in found.items()
+    }
+
+
+def _guarded(measure: Measure, source: str) -> Callable[[LayerActivations], Tensor]:
+    """Its values at every query; a fault in the user's code is one line."""
+
+    def compute(activations: LayerActivations) -> Tensor:
+        try:
+            values = measure.compute(activations)
+        except InputError:
+            raise
+        except Exception as error:  # code that is not ours may raise anything
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{source}: measure {measure.name} failed ({type(error).__name__}: "
+                f"{first_line(error)})"
+            ) from error
+        shape = activations.z.shape[:3]
+        if not isinstance(values, Tensor) or values.shape != shape:
+            given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"{source}: expected measure {measure.name} to give a tensor [batch, pos, "
+                f"head] of {tuple(shape)}, found {given}"
+            )
+        return values.to(activations.weights.factor.dtype)
+
+    return compute
 
 
 def _check_measure(name: str, measure: Measure) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_headnorm.measures.activations import HeadValues, Seen, ratio
+from tl_headnorm.measures.activations import HeadValues, LayerActivations, ratio
 
 # What a measure may read of a layer; `answer` is the direction of the answer's logit.
 READS = ("z", "pattern", "v", "resid_pre", "answer")
@@ -17,53 +18,59 @@ READS = ("z", "pattern", "v", "resid_pre", "answer")
 TOKENS = ("agg", "last", "all", "first", "after_first", "last_to_all")
 
 
-def attention_first(seen: Seen) -> HeadValues:
+def attention_first(activations: LayerActivations) -> HeadValues:
     """pattern[q, 0], the weight of the prompt's first token; a sink's is about 1.
 
     Uniform attention has 1/(q + 1) (`uniform_first_attention`). It does not say that anything is
     moved: see the first token's value.
     """
-    first = seen.real_keys.int().argmax(1)
+    first = activations.real_keys.int().argmax(1)
     rows = torch.arange(len(first), device=first.device)
-    return seen.pattern[rows, :, :, first].transpose(1, 2).to(seen.weights.factor.dtype)
+    return (
+        activations.pattern[rows, :, :, first].transpose(1, 2).to(activations.weights.factor.dtype)
+    )
 
 
-def attention_entropy(seen: Seen) -> HeadValues:
+def attention_entropy(activations: LayerActivations) -> HeadValues:
     """-sum_j a_qj ln a_qj in nats, 0 ln 0 = 0: from 0 (one key) to ln(q + 1) (uniform)."""
-    wide = seen.pattern.to(seen.weights.factor.dtype)
+    wide = activations.pattern.to(activations.weights.factor.dtype)
     return torch.special.entr(wide).sum(-1).transpose(1, 2)
 
 
-def value_norm(seen: Seen) -> HeadValues:
+def value_norm(activations: LayerActivations) -> HeadValues:
     """||v||_2 of the head's value, which a group of heads shares."""
-    sizes = torch.linalg.vector_norm(seen.v, dim=-1, dtype=seen.weights.factor.dtype)
-    return sizes.repeat_interleave(seen.z.shape[2] // sizes.shape[2], dim=2)
+    sizes = torch.linalg.vector_norm(activations.v, dim=-1, dtype=activations.weights.factor.dtype)
+    return sizes.repeat_interleave(activations.z.shape[2] // sizes.shape[2], dim=2)
 
 
-def value_contribution(seen: Seen) -> HeadValues:
+def value_contribution(activations: LayerActivations) -> HeadValues:
     """sum_j a_qj ||v_j W_O^h||, at least ||z_q W_O^h||: what is moved before it may cancel.
 
     Source: Kobayashi et al., "Attention is Not Only a Weight", 2020. Their vectors a_qj v_j W_O
     are never formed.
     """
-    wide = seen.pattern.to(seen.weights.factor.dtype)
-    return einsum(wide, seen.value_contributions, "b head q key, b key head -> b q head")
+    wide = activations.pattern.to(activations.weights.factor.dtype)
+    return einsum(wide, activations.value_contributions, "b head q key, b key head -> b q head")
 
 
-def contribution_to_resid(seen: Seen) -> HeadValues:
+def contribution_to_resid(activations: LayerActivations) -> HeadValues:
     """||z_h W_O^h|| / ||resid_pre||: the contribution relative to the residual it is added to."""
-    size = torch.linalg.vector_norm(seen.resid_pre, dim=-1, dtype=seen.weights.factor.dtype)
-    return ratio(seen.contributions, size.unsqueeze(-1).expand_as(seen.contributions))
+    size = torch.linalg.vector_norm(
+        activations.resid_pre, dim=-1, dtype=activations.weights.factor.dtype
+    )
+    return ratio(activations.contributions, size.unsqueeze(-1).expand_as(activations.contributions))
 
 
-def direct_logit(seen: Seen) -> HeadValues:
+def direct_logit(activations: LayerActivations) -> HeadValues:
     """z_h W_O^h times the answer's direction: the head's own share of the answer's logit.
 
     To be divided by the final norm's scale. Effects through later layers are not in it.
     """
-    wide = seen.weights.factor.dtype
-    through = (seen.answer.to(wide) @ seen.weights.flat.to(wide)).unflatten(1, seen.z.shape[2:])
-    return (seen.z.to(wide) * through.unsqueeze(1)).sum(-1)
+    wide = activations.weights.factor.dtype
+    through = (activations.answer.to(wide) @ activations.weights.flat.to(wide)).unflatten(
+        1, activations.z.shape[2:]
+    )
+    return (activations.z.to(wide) * through.unsqueeze(1)).sum(-1)
 
 
 def layer_normalised(
@@ -97,20 +104,22 @@ class Measure:
     name: str
     formula: str
     unit: str
-    compute: Callable[[Seen], Tensor]
+    compute: Callable[[LayerActivations], Tensor]
     tokens: str = "agg"
     reads: tuple[str, ...] = ("z",)
     final_scale: bool = False
     least_tokens: int = 1
     source: str | None = None
 
-    def counted(self, seen: Seen, exclude_first: bool) -> Bool[Tensor, "batch pos"]:
+    def counted(
+        self, activations: LayerActivations, exclude_first: bool
+    ) -> Bool[Tensor, "batch pos"]:
         """The queries that enter the mean."""
         if self.tokens == "first":
-            return seen.real & (seen.place == 0)
+            return activations.real & (activations.place == 0)
         if self.tokens == "after_first" or (self.tokens == "agg" and exclude_first):
-            return seen.real & (seen.place > 0)
-        return seen.real
+            return activations.real & (activations.place > 0)
+        return activations.real
 
     def at_last(self, token_agg: str) -> bool:
         """Whether the number is the last token's alone."""
@@ -123,21 +132,21 @@ _PATTERN = ("z", "pattern")
 MEASURES: dict[str, Measure] = {
     m.name: m
     for m in (
-        Measure("head_output_norm", "‖z_h‖", _L2, lambda s: s.output_norms),
-        Measure("head_resid_contrib_norm", "‖z_h W_O‖", _RESID, lambda s: s.contributions),
-        Measure("output_norm_last", "‖z_h‖ at last", _L2, lambda s: s.output_norms, "last"),
-        Measure("output_norm_all", "mean ‖z_h‖", _L2, lambda s: s.output_norms, "all"),
+        Measure("head_output_norm", "‖z_h‖", _L2, attrgetter("output_norms")),
+        Measure("head_resid_contrib_norm", "‖z_h W_O‖", _RESID, attrgetter("contributions")),
+        Measure("output_norm_last", "‖z_h‖ at last", _L2, attrgetter("output_norms"), "last"),
+        Measure("output_norm_all", "mean ‖z_h‖", _L2, attrgetter("output_norms"), "all"),
         Measure(
             "output_norm_last_to_all", "‖z_h‖ at last / mean", _SHARE,
-            lambda s: s.output_norms, "last_to_all",
+            attrgetter("output_norms"), "last_to_all",
         ),
         Measure(
-            "contrib_norm_last", "‖z_h W_O‖ at last", _RESID, lambda s: s.contributions, "last"
+            "contrib_norm_last", "‖z_h W_O‖ at last", _RESID, attrgetter("contributions"), "last"
         ),
-        Measure("contrib_norm_all", "mean ‖z_h W_O‖", _RESID, lambda s: s.contributions, "all"),
+        Measure("contrib_norm_all", "mean ‖z_h W_O‖", _RESID, attrgetter("contributions"), "all"),
         Measure(
             "contrib_norm_last_to_all", "‖z_h W_O‖ at last / mean", _SHARE,
-            lambda s: s.contributions, "last_to_all",
+            attrgetter("contributions"), "last_to_all",
         ),
         Measure(
             "attention_first", "mean a_q0", _SHARE, attention_first, "after_first", _PATTERN,
@@ -160,9 +169,10 @@ MEASURES: dict[str, Measure] = {
             "contrib_to_resid_all", "mean ‖z_h W_O‖ / ‖x‖", _SHARE, contribution_to_resid,
             "all", ("z", "resid_pre"),
         ),
-        Measure("cosine_last", "cos(z_h W_O, attn_out) at last", "cosine", lambda s: s.cosines,
+        Measure("cosine_last", "cos(z_h W_O, attn_out) at last", "cosine", attrgetter("cosines"),
                 "last"),
-        Measure("cosine_all", "mean cos(z_h W_O, attn_out)", "cosine", lambda s: s.cosines, "all"),
+        Measure("cosine_all", "mean cos(z_h W_O, attn_out)", "cosine", attrgetter("cosines"),
+                "all"),
         Measure(
             "direct_logit", "z_h W_O · (answer − other letters)", "logits", direct_logit, "last",
             ("z", "answer"), final_scale=True,

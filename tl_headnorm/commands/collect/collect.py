@@ -139,7 +139,7 @@ def measure(
         if measurer is None or batch.group is not group:
             group = batch.group
             measurer = Measurer(model, factors, options, group.prefix)
-        for part, found in halving_on_oom(batch.samples, measurer.of_prompts):
+        for part, found in halving_on_oom(batch.samples, measurer):
             rows = [row_of[sample.index] for sample in part]
             check_finite(found, part, options, [names[r] if names else str(r) for r in rows])
             log.add(rows, {**found.values, "predicted": found.predicted})
