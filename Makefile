@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VENV_TL4 ?= $(VENV)-tl4
 BIN_TL4 := $(VENV_TL4)/bin
 # What depends on the engine; everything else is the same code on both lines.
-TESTS_TL4 := tests/engine/test_engines.py tests/commands/test_validate_table.py tests/model/test_adapters.py tests/model/test_gguf.py tests/commands/test_demo.py tests/interventions/test_generation.py
+TESTS_TL4 := tests/engine/test_engines.py tests/engine/test_protocol.py tests/engine/test_bridge_families.py tests/engine/test_short_attention.py tests/commands/test_validate_table.py tests/model/test_adapters.py tests/model/test_gguf.py tests/commands/test_demo.py tests/interventions/test_generation.py
 
 .PHONY: env env-tl4 test test-tl3 test-tl4 lint demo bench docs clean
 
