@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from jsonargparse import CLI
 
@@ -18,8 +18,9 @@ from tl_headnorm.commands.attention.settings import AttentionSettings
 from tl_headnorm.commands.collect.command import run_collect
 from tl_headnorm.commands.demo.command import describe
 from tl_headnorm.commands.fetch.command import fetch
+from tl_headnorm.commands.table import COMMANDS
 from tl_headnorm.run.loading import say
-from tl_headnorm.run.results import load_run
+from tl_headnorm.run.reading import load_run
 from tl_headnorm.settings import Settings
 
 MODEL = "builtin:smollm2"
@@ -45,7 +46,11 @@ def main(settings: DemoReal) -> None:
     """Fetch, collect, attention; findings on stderr, the two directories on stdout."""
     started = time.time()
     fetch("smollm2")
-    common = {"model_path": MODEL, "dtype": "fp32", "output_dir": settings.output_dir}
+    common: dict[str, Any] = {
+        "model_path": MODEL,
+        "dtype": "fp32",
+        "output_dir": settings.output_dir,
+    }
     run = run_collect(
         Settings(
             **common,
@@ -54,7 +59,8 @@ def main(settings: DemoReal) -> None:
             max_samples=settings.max_samples,
             validate_samples=8,
             experiment_name="demo_real",
-        )
+        ),
+        COMMANDS["collect"].draw,
     )
     assert run is not None  # one process alone writes it
     say(describe(load_run(run), run))

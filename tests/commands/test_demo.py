@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,3 +51,15 @@ def test_unicode_heatmap():
     lines = text.splitlines()
     assert "   ███" in lines[1]
     assert "···▒▒▒" in lines[2]
+
+
+def test_the_real_demo(smollm2, tmp_path, capsys):
+    """`make demo-real` at a small size: both runs are complete."""
+    import demo_real
+
+    demo_real.main(demo_real.DemoReal(max_samples=4, output_dir=str(tmp_path)))
+    run, heads = (Path(line) for line in capsys.readouterr().out.splitlines())
+    assert (run / "report.html").is_file()
+    assert (heads / "attention.html").is_file()
+    for path in (run, heads):
+        assert json.loads((path / "meta.json").read_text())["model"]["n_layers"] == 30

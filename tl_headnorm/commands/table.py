@@ -42,13 +42,14 @@ class Command:
         if not self.shared:
             together(_one_process)
         work = _load(f"{self.name}.command:run_{self.name}")
-        found = work(settings, self._draw) if self.then else work(settings)
+        found = work(settings, self.draw) if self.then else work(settings)
         path, held = found if isinstance(found, tuple) else (found, True)
         if path is not None:
             print(path)
         return DONE if held else CHECK_FAILED
 
-    def _draw(self, *run: Any) -> None:
+    def draw(self, *run: Any) -> None:
+        """Add figures and pages to a new run: its Dataset, directory and questions."""
         for name in self.then:
             _load(name)(*run)
 
